@@ -1,0 +1,99 @@
+"""Samples to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from eyespot.data.sample import Rejected, Sample
+from eyespot.data.packing import pack, share_prefixes
+from eyespot.processing.images import ImageError, open_image
+from eyespot.processing.processor import Encoded, Processor
+from eyespot.processing.prompt import PromptError
+
+Row = tuple[Encoded, list[Any], Hashable]
+
+
+@dataclass
+class Window:
+    """What one optimizer step reads on one device.
+
+    batches: micro-batches, each what the model's forward takes: input_ids and labels int64 [B, T], attention_mask or the
+        columns of packed rows int64 [B, T], pixel_values float32 [N, 3, H, W].
+    num_supervised: labelled tokens in all of them. num_tokens: tokens of all samples, as if each stood alone.
+    ids: sample ids. rejected: samples that could not be used.
+    """
+
+    batches: list[dict[str, Tensor]] = field(default_factory=list)
+    num_supervised: int = 0
+    num_tokens: int = 0
+    ids: list[str] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+class Collator:
+    """Units (samples about the same pictures) -> Window of micro-batches.
+
+    A sample whose picture cannot be read, or that has nothing to learn within ``max_length``, is left out and named.
+
+    Args:
+        processor: of the model.
+        accumulate: micro-batches in a window; units are dealt out evenly.
+        max_length: samples are cut there.
+        row_length: rows are packed up to this many tokens; None gives each sample its own padded row.
+    """
+
+    def __init__(
+        self, processor: Processor, accumulate: int = 1, max_length: int | None = None, row_length: int | None = None
+    ) -> None:
+        self.processor, self.accumulate = processor, accumulate
+        self.max_length, self.row_length = max_length, row_length
+
+    def __call__(self, units: Sequence[Sequence[Sample]]) -> Window:
+        window = Window()
+        share = -(-len(units) // self.accumulate)
+        for start in range(0, len(units), share):
+            samples = [sample for unit in units[start : start + share] for sample in unit]
+            rows = [row for sample in samples if (row := self._row(sample, window)) is not None]
+            if rows:
+                window.batches.append(self._padded(rows) if self.row_length is None else self._packed(rows))
+        return window
+
+    def whole(self) -> Collator:
+        """The same collator, with one micro-batch for each window."""
+        return Collator(self.processor, 1, self.max_length, self.row_length)
+
+    def _row(self, sample: Sample, window: Window) -> Row | None:
+        try:
+            encoded = self.processor.encode_conversation(sample.messages, self.max_length)
+            images = [open_image(image) for image in sample.images]
+        except (PromptError, ImageError) as error:
+            window.rejected.append(Rejected(sample.id, str(error)))
+            return None
+        window.ids.append(sample.id)
+        window.num_supervised += encoded.num_supervised
+        window.num_tokens += len(encoded.input_ids)
+        return encoded, images, image_key(sample)
+
+    def _padded(self, rows: list[Row]) -> dict[str, Tensor]:
+        batch = self.processor.pad([encoded for encoded, _, _ in rows], "right")
+        return self._with_pixels(batch, [image for _, images, _ in rows for image in images])
+
+    def _packed(self, rows: list[Row]) -> dict[str, Tensor]:
+        assert self.row_length is not None
+        documents = share_prefixes(rows, self.processor.image_token_id, self.row_length)
+        batch, images = pack(documents, self.row_length, self.processor.pad_token_id)
+        return self._with_pixels(batch, images)
+
+    def _with_pixels(self, batch: dict[str, Tensor], images: list[Any]) -> dict[str, Tensor]:
+        if images:
+            batch["pixel_values"] = self.processor.pixel_values(images)
+        return batch
+
+
+def image_key(sample: Sample) -> Hashable:
+    """Equal for samples about the same pictures: paths and bytes compare by value, opened pictures by identity."""
+    return tuple(image if isinstance(image, (str, bytes)) else id(image) for image in sample.images)

@@ -1,0 +1,139 @@
+"""Ask a trained model: ``eyespot.load(path).ask(image, question)``. Evaluation, command line and server go through here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextIteratorStreamer
+
+from eyespot.compose import load_parts
+from eyespot.models.vlm import VLM
+from eyespot.processing.processor import Processor
+from eyespot.processing.prompt import Message
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """"auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ValueError: the device that was asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    kind = device.partition(":")[0]
+    if not available.get(kind, False):
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise ValueError(f"device {device!r} is not available on this machine; available: {there}")
+    return torch.device(device)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """bfloat16 matrix products for a bfloat16 model (its adapters are float32), nothing for a float32 one."""
+    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else nullcontext()
+
+
+def user_turn(images: Sequence[Any], question: str) -> list[Message]:
+    """The one way a question about pictures becomes a conversation: pictures first, then the words."""
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+
+class Assistant:
+    """A model with its processor on a device.
+
+    Args:
+        model: in evaluation mode from here on.
+        processor: the one saved beside it.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+    """
+
+    def __init__(self, model: VLM, processor: Processor, device: str = "auto") -> None:
+        self.device = choose_device(device)
+        self.model = model.to(self.device).eval()
+        self.processor = processor
+
+    def ask(self, images: Any, question: str, **options: Any) -> str:
+        """One answer about one picture or a list of them (paths, bytes, PIL; an empty list asks without a picture).
+
+        ``options`` are those of ``generate_text``.
+        """
+        pictures = list(images) if isinstance(images, (list, tuple)) else [images]
+        return self.generate_text([(pictures, user_turn(pictures, question))], **options)[0]
+
+    def stream(self, images: Any, question: str, **options: Any) -> Iterator[str]:
+        """The same answer in pieces, as they are made."""
+        pictures = list(images) if isinstance(images, (list, tuple)) else [images]
+        conversation = [(pictures, user_turn(pictures, question))]
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self.generate_text(conversation, streamer=streamer, **options)
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        started = False
+        for piece in streamer:
+            piece = piece if started else piece.lstrip()
+            started = started or bool(piece)
+            if piece:
+                yield piece
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    def answer_batch(
+        self, conversations: Sequence[tuple[Sequence[Any], Sequence[Message]]], max_new_tokens: int
+    ) -> list[str]:
+        """One greedy answer for each (pictures, messages) pair; messages end with a user turn."""
+        return self.generate_text(conversations, max_new_tokens=max_new_tokens)
+
+    @torch.inference_mode()
+    def generate_text(
+        self,
+        conversations: Sequence[tuple[Sequence[Any], Sequence[Message]]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> list[str]:
+        """Answers for a batch of conversations.
+
+        Args:
+            conversations: (pictures, messages) pairs.
+            max_new_tokens: limit of each answer.
+            temperature: 0 is greedy (or beam search with ``num_beams``), above 0 samples.
+            options: further arguments of transformers' generate: top_p, top_k, num_beams, repetition_penalty, streamer.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or above")
+        batch = self.processor.prompt_batch(conversations).to(self.device)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        with autocast(self.device, self.model.compute_dtype):
+            sequences = self.model.generate(**batch, max_new_tokens=max_new_tokens, **sampling, **options)
+        return self.processor.decode_answers(sequences, batch["input_ids"].shape[1])
+
+
+def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Assistant:
+    """A trained model, ready to be asked.
+
+    Args:
+        path: folder that training wrote (or a Hub name): a whole model, or a checkpoint of a run.
+        device: "auto", "cpu", "cuda", "mps".
+        dtype: "auto" as saved, "float32" or "bfloat16".
+
+    Raises:
+        ValueError: nothing usable at ``path``, or no such device.
+    """
+    model, processor = load_parts(path, dtype)
+    return Assistant(model, processor, device)

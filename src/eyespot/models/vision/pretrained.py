@@ -1,0 +1,88 @@
+"""Any vision model of transformers, by name or folder."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from eyespot.models.loading import check_complete
+from eyespot.models.vision import convnet as _convnet  # noqa: F401  registers our encoders with transformers
+from eyespot.models.vision import efficientnet_lite as _efficientnet_lite  # noqa: F401
+from eyespot.models.vision import vit as _vit  # noqa: F401
+
+
+def vision_from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """A vision model with fresh weights, without its pooling head."""
+    return without_pooler(AutoModel.from_config(config))
+
+
+def load_vision(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A pretrained vision model: CLIP, SigLIP, SigLIP 2, ViT, DINOv2, DINOv3 or any other of transformers.
+
+    Args:
+        source: name on the Hub, or folder. Of a two-tower model (CLIP, SigLIP) only the vision tower is read.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: nothing can be loaded from ``source``, or some of its weights are missing.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        config = getattr(config, "vision_config", config)
+        model_class = AutoModel._model_mapping[type(config)]
+        loaded = model_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        where = "the folder" if Path(source).exists() else "no such folder, and the Hub model"
+        raise ValueError(f"vision encoder {source!r}: {where} cannot be read ({_first_line(error)})") from error
+    model = without_pooler(loaded[0])
+    check_complete(model, loaded[1], source)
+    return model
+
+
+def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
+    """Remove what only makes one vector of a picture: it would be counted, kept and saved, but never used."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "pooler", None), nn.Module):
+            module.pooler = None
+        if hasattr(module, "use_head") and isinstance(getattr(module, "head", None), nn.Module):
+            module.use_head, module.head = False, None
+    return model
+
+
+def image_size_of(config: PreTrainedConfig) -> int:
+    """Side of the square picture that an encoder reads, in pixels."""
+    size = config.image_size
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
+def token_counts(config: PreTrainedConfig) -> tuple[int, int]:
+    """(tokens before the patches, patches) of an encoder, found by running it without data on the meta device.
+
+    Raises:
+        ValueError: the patches do not form a square.
+    """
+    small = copy.deepcopy(config)
+    if hasattr(small, "num_hidden_layers"):
+        small.num_hidden_layers = 1
+    size = image_size_of(config)
+    with torch.device("meta"):
+        model = without_pooler(AutoModel.from_config(small))
+        pixels = torch.empty(1, getattr(config, "num_channels", 3), size, size, dtype=model.dtype)
+        total = model(pixels).last_hidden_state.shape[1]
+    prefix = 0
+    if patch_size := getattr(config, "patch_size", None):
+        prefix = total - (size // int(patch_size)) ** 2
+    patches = total - prefix
+    if prefix < 0 or math.isqrt(patches) ** 2 != patches:
+        raise ValueError(f"{config.model_type} gives {total} tokens for {size} pixels, which is no square of patches")
+    return prefix, patches
+
+
+def _first_line(error: Exception) -> Any:
+    return str(error).strip().splitlines()[0]

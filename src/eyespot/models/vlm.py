@@ -1,0 +1,363 @@
+"""The vision-language model: vision encoder, connector, language model, and one merge.
+
+Shape letters: B rows, T tokens, N images, P patches, K image tokens per image, E vision width, D language width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ModelOutput
+
+from eyespot.models.attention import attention_argument
+from eyespot.models.language import gpt as _gpt  # noqa: F401  registers our language model with transformers
+from eyespot.models.lora import add_lora
+from eyespot.models.loss import causal_loss, head_logits
+from eyespot.models.merge import merge, placeholder_mask, positions_from_mask
+from eyespot.models.vision.pretrained import vision_from_config
+from eyespot.registry import CONNECTORS
+
+PARTS = ("vision", "connector", "language")
+TrainMode = Literal["frozen", "full", "lora"]
+
+
+class VLMConfig(PreTrainedConfig):  # type: ignore[misc]
+    """What a VLM is made of.
+
+    Args:
+        vision_config: configuration of any vision model of transformers (ours too).
+        text_config: configuration of any causal language model of transformers (ours too).
+        connector: ``{"name": registered name, **arguments}``.
+        image_token_id: placeholder id. An id beyond the language model's vocabulary is allowed: it is never looked up,
+            and its logit is minus infinity.
+        vision_layer: index into the encoder's hidden states; None takes its last hidden state.
+        keep_cls: keep the tokens that stand before the patches (CLS, registers).
+        num_prefix_tokens: how many such tokens the encoder gives (computed when the model is composed).
+        num_image_tokens: K, tokens per image after the connector (computed when the model is composed).
+        image_scale: factor on the connector's output, so that images arrive at the size of the text embeddings.
+        lora: per part ("vision", "language") the settings of its adapter.
+        float32_parts: parts kept in float32 when the model as a whole is bfloat16.
+    """
+
+    model_type = "eyespot_vlm"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: Any = None
+    text_config: Any = None
+    connector: dict[str, Any] | None = None
+    image_token_id: int = 0
+    vision_layer: int | None = None
+    keep_cls: bool = False
+    num_prefix_tokens: int = 0
+    num_image_tokens: int = 0
+    image_scale: float = 1.0
+    lora: dict[str, Any] | None = None
+    float32_parts: list[str] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _as_config(self.vision_config or {"model_type": "eyespot_vit"})
+        self.text_config = _as_config(self.text_config or {"model_type": "eyespot_gpt"})
+        self.connector = dict(self.connector or {"name": "linear"})
+        # transformers resets the attention kernel of sub-configurations; ready parts keep theirs
+        kernels = [getattr(part, "_attn_implementation", None) for part in (self.vision_config, self.text_config)]
+        super().__post_init__(**kwargs)
+        if kwargs.get("attn_implementation") is None:
+            self.vision_config._attn_implementation, self.text_config._attn_implementation = kernels
+
+
+def _as_config(config: Any) -> Any:
+    if isinstance(config, dict):
+        values = dict(config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    return config
+
+
+@dataclass
+class VLMOutput(ModelOutput):
+    """loss float32 scalar; logits float [B, T, V]; past_key_values: the cache; image_embeds float [N, K, D]."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    image_embeds: Tensor | None = None
+
+
+class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A vision-language model as an ordinary model of transformers.
+
+    ``vision``, ``connector`` and ``language`` may be handed in ready; left out, they are built from the configuration
+    (that is how ``from_pretrained`` does it).
+    """
+
+    config_class = VLMConfig
+    config: VLMConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(
+        self, config: VLMConfig, vision: PreTrainedModel | None = None, language: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__(config)
+        self.vision = vision if vision is not None else vision_from_config(config.vision_config)
+        self.connector = build_connector(config.connector, self.vision_dim, self.language_dim)
+        self.language = language if language is not None else AutoModelForCausalLM.from_config(config.text_config)
+        for part, settings in (config.lora or {}).items():
+            add_lora(getattr(self, part), settings)
+        # transformers loads everything in one dtype but for the modules named here
+        self._keep_in_fp32_modules_strict = {rf"^{part}\." for part in config.float32_parts or []} | (
+            {r"\.lora_[AB]\."} if config.lora else set()
+        )
+        self._language_inputs = set(inspect.signature(self.language.base_model.forward).parameters)
+        self.post_init()
+
+    @property
+    def vision_dim(self) -> int:
+        return int(self.config.vision_config.hidden_size)
+
+    @property
+    def language_dim(self) -> int:
+        return int(self.config.text_config.get_text_config().hidden_size)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products should run in: bfloat16 as soon as a part is kept in it."""
+        is_bfloat16 = any(p.dtype == torch.bfloat16 for p in self.parameters())
+        return torch.bfloat16 if is_bfloat16 else torch.float32
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language.base_model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every part initialises itself when it is built; from_pretrained is strict, so nothing is left to do."""
+
+    # --- the picture -------------------------------------------------------------------------------------------
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values float [N, 3, H, W] -> patch features float [N, P, E]; no graph is kept of a frozen encoder."""
+        layer = self.config.vision_layer
+        needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(needs_grad):
+            outputs = self.vision(pixel_values.to(self.vision.dtype), output_hidden_states=layer is not None)
+        features: Tensor = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+        return features if self.config.keep_cls else features[:, self.config.num_prefix_tokens :]
+
+    def embed_images(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
+        """Pixels float [N, 3, H, W], or features float [N, P, E] already encoded -> image embeddings float [N, K, D]."""
+        if image_features is None:
+            assert pixel_values is not None
+            image_features = self.encode_images(pixel_values)  # [N, P, E]
+        dtype = next(self.connector.parameters()).dtype
+        embeds: Tensor = self.connector(image_features.to(dtype))  # [N, K, D]
+        return embeds * self.config.image_scale
+
+    # --- the text ----------------------------------------------------------------------------------------------
+
+    def embed_text(self, input_ids: Tensor) -> Tensor:
+        """input_ids int64 [B, T] -> text embeddings float [B, T, D]; placeholders are looked up as id 0."""
+        ids = input_ids.masked_fill(placeholder_mask(input_ids, self.config.image_token_id), 0)
+        embeds: Tensor = self.get_input_embeddings()(ids)
+        return embeds
+
+    def embed(self, input_ids: Tensor, image_embeds: Tensor | None) -> Tensor:
+        """Text with the pictures merged in: int64 [B, T], float [N, K, D] or None -> float [B, T, D]."""
+        mask = placeholder_mask(input_ids, self.config.image_token_id)
+        embeds = self.embed_text(input_ids)
+        if image_embeds is None:
+            image_embeds = embeds.new_zeros(0, max(1, self.config.num_image_tokens), embeds.shape[-1])
+        return merge(embeds, image_embeds, mask)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden float [..., D] -> logits float [..., V], one more column when the placeholder is beyond V."""
+        logits = head_logits(self.language, hidden)
+        if (missing := self.config.image_token_id + 1 - logits.shape[-1]) > 0:
+            logits = F.pad(logits, (0, missing), value=float("-inf"))
+        return logits
+
+    # --- transformers ------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        image_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        documents: Tensor | None = None,
+        branches: Tensor | None = None,
+        previous: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> VLMOutput:
+        """One pass.
+
+        Args:
+            input_ids: int64 [B, T], each image as K placeholder ids.
+            pixel_values: float [N, 3, H, W], all pictures of the batch in the order of their placeholders.
+            attention_mask: int64 [B, T], or a ready mask [B, 1, T, T] for rows with structure.
+            position_ids: int64 [B, T]; computed from the mask when left out.
+            inputs_embeds: float [B, T, D] instead of input_ids and pictures.
+            image_features: float [N, P, E], instead of pixel_values, when the pictures are encoded already.
+            labels: int64 [B, T], -100 where nothing is to be learned; not shifted.
+            num_items_in_batch: divisor of the summed loss (see ``causal_loss``).
+            documents, branches, previous: int64 [B, T], the structure of packed rows, with position_ids
+                (see ``eyespot.models.attention.structure_mask`` and ``eyespot.models.loss.supervised_hidden``).
+            logits_to_keep: logits for the last n positions only, or for the positions of an int64 tensor; 0 is all.
+            skip_logits: leave the logits out; by default when labels are given.
+
+        Raises:
+            ValueError: placeholders and pictures do not fit each other.
+        """
+        image_embeds = None
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("forward needs input_ids or inputs_embeds; neither was given")
+            if pixel_values is not None or image_features is not None:
+                image_embeds = self.embed_images(pixel_values, image_features)
+            inputs_embeds = self.embed(input_ids, image_embeds)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = positions_from_mask(attention_mask)[:, -inputs_embeds.shape[1] :]
+        if documents is not None:
+            assert branches is not None and position_ids is not None
+            attention_mask = attention_argument(
+                self.language.config.get_text_config(), documents, branches, position_ids, inputs_embeds.dtype
+            )
+        if "position_ids" in self._language_inputs:
+            kwargs["position_ids"] = position_ids
+        if use_cache is None and labels is not None:
+            use_cache = False
+        outputs = self.language.base_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # [B, T, D]
+        loss = logits = None
+        if labels is not None:
+            loss = causal_loss(self.language, hidden, labels, num_items_in_batch, previous)
+        if not (labels is not None if skip_logits is None else skip_logits):
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.compute_logits(hidden[:, keep])
+        return VLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=getattr(outputs, "past_key_values", None),
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
+            image_embeds=image_embeds,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' generate; the pictures are encoded and merged once, before beams or samples multiply the rows.
+
+        Args:
+            inputs: prompt ids int64 [B, T] (or ``input_ids=``), padded on the left.
+            pixel_values: float [N, 3, H, W]. image_features: float [N, P, E], instead.
+
+        Returns:
+            What transformers' generate returns: prompt ids and new ids, int64 [B, T + new].
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            return super().generate(input_ids, **kwargs)
+        image_embeds = None
+        if pixel_values is not None or image_features is not None:
+            image_embeds = self.embed_images(pixel_values, image_features)
+        return super().generate(input_ids, inputs_embeds=self.embed(input_ids, image_embeds), **kwargs)
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def set_trainable(self, **modes: TrainMode) -> None:
+        """Per part ``frozen``, ``full`` or ``lora``: ``model.set_trainable(vision="frozen", language="lora")``.
+
+        Raises:
+            ValueError: unknown part or mode; ``lora`` for a part that has no adapter.
+        """
+        for part, mode in modes.items():
+            if part not in PARTS or mode not in ("frozen", "full", "lora"):
+                raise ValueError(f"{part}={mode!r} is not a part and a mode; parts: {PARTS}, modes: frozen, full, lora")
+            if mode == "lora" and part not in (self.config.lora or {}):
+                raise ValueError(f"{part} has no adapter; compose the model with {part}.lora set, or train it in full")
+            for name, parameter in getattr(self, part).named_parameters():
+                parameter.requires_grad_("lora_" in name if mode == "lora" else mode == "full")
+
+    def train(self, mode: bool = True) -> VLM:
+        """Training mode for the parts that learn; a part without a trainable parameter stays in evaluation mode."""
+        super().train(mode)
+        for part in PARTS:
+            module = getattr(self, part)
+            if not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
+
+    @torch.no_grad()
+    def image_text_ratio(self, pixel_values: Tensor, input_ids: Tensor) -> float:
+        """Root mean square of the image embeddings over that of the text embeddings in one batch."""
+        text = self.embed_text(input_ids)[~placeholder_mask(input_ids, self.config.image_token_id)]
+        image = self.embed_images(pixel_values)
+        return float(image.float().pow(2).mean().sqrt() / text.float().pow(2).mean().sqrt())
+
+    def calibrate(self, pixel_values: Tensor, input_ids: Tensor) -> float:
+        """Set ``config.image_scale`` so that images arrive at the size of the text; returns the ratio found before."""
+        ratio = self.image_text_ratio(pixel_values, input_ids)
+        self.config.image_scale /= ratio
+        return ratio
+
+
+def build_connector(settings: dict[str, Any] | None, vision_dim: int, language_dim: int) -> nn.Module:
+    """The connector of ``{"name": ..., **arguments}`` between two widths."""
+    arguments = dict(settings or {"name": "linear"})
+    connector: nn.Module = CONNECTORS[arguments.pop("name")](
+        vision_dim=vision_dim, language_dim=language_dim, **arguments
+    )
+    return connector
+
+
+AutoConfig.register("eyespot_vlm", VLMConfig)
+AutoModelForImageTextToText.register(VLMConfig, VLM)

@@ -1,0 +1,199 @@
+"""What happens beside the step: progress, curves, sample answers, checkpoints, and an orderly stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eyespot.data.collate import Window
+from eyespot.data.sample import Rejected, Sample
+from eyespot.inference import Assistant
+from eyespot.training.checkpoint import CheckpointWriter, random_state, set_random_state
+
+
+class Reporter(lightning.Callback):
+    """Progress on the terminal, metrics to the loggers, and the curve kept for the report.
+
+    Metrics: train/loss, train/grad_norm, lr per part, samples_per_s, tokens_per_s (text and image tokens, no padding).
+    """
+
+    def __init__(self, log_every: int, console: Console) -> None:
+        self.log_every, self.console = log_every, console
+        self.curve: list[tuple[int, float]] = []
+        self.validation: list[tuple[int, float]] = []
+        self.rejected: list[Rejected] = []
+        self.samples_seen = 0
+        self.seconds = 0.0
+        self._since = (time.perf_counter(), 0, 0)
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[words]}"), console=console, disable=not console.is_terminal, transient=True,
+        )  # fmt: skip
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._task = self._progress.add_task("", total=pl_module.num_steps, completed=trainer.global_step, words="")
+        self._progress.start()
+        self._since = (time.perf_counter(), 0, 0)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Window, batch_idx: int) -> None:
+        then, samples, tokens = self._since
+        self._since = (then, samples + len(batch.ids), tokens + batch.num_tokens)
+        self.samples_seen += len(batch.ids)
+        for sample in batch.rejected:
+            self.rejected.append(sample)
+            self.console.print(f"left out {sample.id}: {sample.reason}", markup=False)
+        step, loss = trainer.global_step, pl_module.step_metrics["train/loss"]
+        self.curve.append((step, loss))
+        self._progress.update(self._task, completed=step, words=f"loss {loss:.4f}")
+        if step % self.log_every == 0 or step == pl_module.num_steps:
+            self._report(trainer, pl_module, step)
+
+    def _report(self, trainer: Any, pl_module: Any, step: int) -> None:
+        then, samples, tokens = self._since
+        now = time.perf_counter()
+        self.seconds += now - then
+        rates = {"samples_per_s": samples / (now - then), "tokens_per_s": tokens / (now - then)}
+        for logger in trainer.loggers:
+            logger.log_metrics({**pl_module.step_metrics, **rates}, step=step)
+        if not self.console.is_terminal:
+            recent = [loss for _, loss in self.curve[-self.log_every :]]
+            self.console.print(
+                f"step {step}/{pl_module.num_steps}  loss {sum(recent) / len(recent):.4f}  "
+                f"{rates['samples_per_s']:.1f} samples/s"
+            )
+        self._since = (now, 0, 0)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        then, samples, tokens = self._since
+        self._since = (then + time.perf_counter() - self._paused, samples, tokens)
+        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
+            return
+        loss = float(trainer.callback_metrics["val/loss"])
+        self.validation.append((trainer.global_step, loss))
+        self.console.print(f"step {trainer.global_step}: validation loss {loss:.4f}")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._progress.stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._progress.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curve": self.curve, "validation": self.validation, "seconds": self.seconds, "seen": self.samples_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.curve = [(int(s), float(v)) for s, v in state_dict["curve"]]
+        self.validation = [(int(s), float(v)) for s, v in state_dict["validation"]]
+        self.seconds, self.samples_seen = state_dict["seconds"], state_dict["seen"]
+
+
+class SampleAnswers(lightning.Callback):
+    """A few fixed questions asked every ``every`` steps, printed and appended to samples.jsonl."""
+
+    def __init__(self, samples: Sequence[Sample], assistant: Assistant, every: int, file: Path, console: Console) -> None:
+        self.samples, self.assistant, self.every = samples, assistant, every
+        self.file, self.console = file, console
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self.samples or trainer.global_step % self.every:
+            return
+        asked = [(sample.images, question_of(sample)) for sample in self.samples]
+        state = random_state()
+        was_training = self.assistant.model.training
+        self.assistant.model.eval()
+        answers = self.assistant.answer_batch(asked, max_new_tokens=24)
+        self.assistant.model.train(was_training)
+        set_random_state(state)  # looking at the model must not change what it learns
+        with self.file.open("a", encoding="utf-8") as file:
+            for sample, answer in zip(self.samples, answers, strict=True):
+                row = {"step": trainer.global_step, "id": sample.id, "answer": answer, "truth": list(sample.answers)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self.console.print(f"  {sample.id}: {answer!r} (truth: {', '.join(sample.answers)})", markup=False)
+
+
+def question_of(sample: Sample) -> list[Any]:
+    """The conversation of a sample up to the answer that is asked for: everything before its last turn."""
+    return list(sample.messages[:-1])
+
+
+class Checkpoints(lightning.Callback):
+    """Writes a checkpoint every ``every`` steps, at the end of a validation that is among the best, and when asked to
+    stop; keeps the ``keep_best`` best and the last.
+
+    A first Ctrl+C (or SIGTERM) finishes the step, writes a checkpoint and ends the run; a second one ends it at once.
+    """
+
+    def __init__(self, writer: CheckpointWriter, every: int, keep_best: int, patience: int | None) -> None:
+        self.writer, self.every, self.keep_best, self.patience = writer, every, keep_best, patience
+        self.scores: dict[str, float] = {}
+        self.stopped_by: str | None = None
+        self.bad_validations = 0
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._resumed is not None:
+            set_random_state(self._resumed)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    _resumed: dict[str, Any] | None = None
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
+        self.stopped_by = signal.Signals(number).name
+        print("\nfinishing this step and saving; press Ctrl+C again to stop at once", file=sys.stderr)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.stopped_by is not None:
+            trainer.should_stop = True
+        if self.stopped_by is not None or trainer.global_step % self.every == 0:
+            self.save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
+            return
+        score = float(trainer.callback_metrics["val/loss"])
+        best = sorted(self.scores.values())
+        self.bad_validations = 0 if not best or score < best[0] else self.bad_validations + 1
+        if len(best) < self.keep_best or score < best[self.keep_best - 1]:
+            self.scores[self.name_of(trainer.global_step)] = score
+            self.save(trainer, pl_module)
+        if self.patience is not None and self.bad_validations >= self.patience:
+            trainer.should_stop = True
+
+    @staticmethod
+    def name_of(step: int) -> str:
+        return f"step-{step:07d}"
+
+    def save(self, trainer: Any, pl_module: Any) -> None:
+        """Write the checkpoint of the current step and delete those that are neither last nor among the best."""
+        last = self.writer.write(trainer.global_step, trainer)
+        pl_module.last_good = str(last)
+        best = sorted(self.scores, key=lambda name: self.scores[name])[: self.keep_best]
+        self.scores = {name: self.scores[name] for name in best}
+        self.writer.keep_only({last, *(self.writer.folder / name for name in best)})
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores, "bad": self.bad_validations, "random": random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scores, self.bad_validations = dict(state_dict["scores"]), state_dict["bad"]
+        self._resumed = state_dict["random"]

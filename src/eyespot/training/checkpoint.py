@@ -1,0 +1,101 @@
+"""Checkpoints of a run: what changed, the hash of what did not, and everything that an exact resume needs.
+
+A checkpoint folder holds config.json and the processor (as in any transformers folder), ``trained.safetensors`` (only
+the trainable tensors), ``checkpoint.json`` (how the frozen parts are built, and their content hash) and ``resume.ckpt``
+(optimizer, schedule, counters, random state). ``eyespot.load`` reads it like a whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eyespot.compose import CHECKPOINT_FILE, TRAINED_FILE, frozen_hash, trained_tensors
+from eyespot.config import ModelSettings, to_dict
+from eyespot.models.vlm import VLM
+
+RESUME_FILE = "resume.ckpt"
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator that training draws from, as plain values and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of ``random_state``."""
+    version, numbers, gauss_next = state["python"]
+    random.setstate((version, tuple(numbers), gauss_next))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+class CheckpointWriter:
+    """Writes checkpoint folders under ``folder``; each appears whole or not at all.
+
+    Args:
+        folder: of the run's checkpoints.
+        model: the model in training. settings: how its parts were built.
+        processor_folder: where the run saved its processor once; its files are linked, not copied.
+    """
+
+    def __init__(self, folder: Path, model: VLM, settings: ModelSettings, processor_folder: Path) -> None:
+        self.folder, self.model, self.processor_folder = folder, model, processor_folder
+        self.record = {"model": to_dict(settings), "frozen_sha256": frozen_hash(model)}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, step: int, trainer: Any) -> Path:
+        """Write the checkpoint of a step; returns its folder."""
+        from safetensors.torch import save_file
+
+        target = self.folder / f"step-{step:07d}"
+        partial = self.folder / f".partial-{step:07d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        self.model.config.save_pretrained(partial)
+        self.model.generation_config.save_pretrained(partial)
+        for file in self.processor_folder.iterdir():
+            link_or_copy(file, partial / file.name)
+        save_file(trained_tensors(self.model), partial / TRAINED_FILE)
+        (partial / CHECKPOINT_FILE).write_text(json.dumps({**self.record, "step": step}, indent=2))
+        trainer.save_checkpoint(partial / RESUME_FILE, weights_only=False)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        return target
+
+    def steps(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if (path / RESUME_FILE).is_file())
+
+    def keep_only(self, wanted: set[Path]) -> None:
+        """Delete every other checkpoint, and what an interrupted write left behind."""
+        for path in [*self.folder.glob("step-*"), *self.folder.glob(".partial-*")]:
+            if path not in wanted:
+                shutil.rmtree(path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+

@@ -1,0 +1,333 @@
+"""A run from its settings to a trained folder: the composition root of training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from eyespot.compose import build_from_settings, load_trained, save
+from eyespot.config import ConfigError, DataSettings, TrainerSettings, TrainSettings, check_settings, from_dict, to_dict
+from eyespot.data import sources
+from eyespot.data.sample import LoadReport, Sample
+from eyespot.inference import Assistant, choose_device
+from eyespot.models.parameters import parameter_table
+from eyespot.registry import closest
+
+BeforeTraining = Callable[[Assistant], None]
+
+
+@dataclass
+class Run:
+    """What a run left behind. finished is False when it was stopped; the same command goes on from its checkpoint."""
+
+    folder: Path
+    settings: TrainSettings
+    finished: bool
+    steps: int
+    seconds: float
+    curve: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+    stopped_by: str | None = None
+    assistant: Assistant | None = field(default=None, repr=False)
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / "model"
+
+
+def compose_settings(overrides: Sequence[str]) -> TrainSettings:
+    """Settings from command-line overrides: ``["recipe=quickstart", "trainer.batch_size=16", "vision=vit_tiny"]``.
+
+    Raises:
+        ConfigError: unknown recipe, group, key or value.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not any(o.lstrip("+").startswith("recipe=") for o in overrides):
+        raise ConfigError("no recipe was given; add recipe=NAME with one of: " + ", ".join(choices("recipe")))
+    try:
+        with initialize_config_module("eyespot.configs", version_base="1.3"):
+            composed = compose("train", overrides=[_as_hydra(o) for o in overrides])
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+    settings = from_dict(TrainSettings, values)  # type: ignore[arg-type]
+    check_settings(settings)
+    return settings  # type: ignore[no-any-return]
+
+
+def choices(group: str) -> list[str]:
+    """Names of the packaged configurations of a group: recipe, vision, connector, language, data, trainer, logger."""
+    return sorted(p.stem for p in (Path(__file__).parent.parent / "configs" / group).glob("*.yaml"))
+
+
+GROUPS = ("vision", "connector", "language", "data", "trainer", "logger")
+
+
+def _as_hydra(override: str) -> str:
+    """Part groups live inside a recipe, so that ``vision=NAME`` means Hydra's ``vision@recipe...=NAME``; other keys may
+    be new to the YAML files: the typed settings, not the files, say which keys exist."""
+    key, equals, name = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} has no value; write key=value")
+    if key in (*GROUPS, "recipe"):
+        if name not in (names := choices(key)):
+            raise ConfigError(f"unknown {key} {name!r}{closest(name, names)} Choices: {', '.join(names)}")
+        return override
+    if key[0] in "+~":
+        return override
+    return f"++{override}"
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:3])
+
+
+def train(
+    settings: TrainSettings | Mapping[str, Any],
+    *,
+    fresh: bool = False,
+    before_training: BeforeTraining | None = None,
+    console: Console | None = None,
+) -> Run:
+    """Train a model; the same call goes on where an interrupted one stopped.
+
+    Args:
+        settings: of the run, or plain values for them.
+        fresh: delete what an earlier run of this name left.
+        before_training: called once with the untrained model, before the first step.
+        console: where progress goes.
+
+    Raises:
+        ConfigError: settings that cannot work, or that differ from those of the interrupted run.
+        TrainingStopped: loss or gradient became NaN or infinite.
+    """
+    if not isinstance(settings, TrainSettings):
+        settings = from_dict(TrainSettings, settings)
+    assert isinstance(settings, TrainSettings)
+    check_settings(settings)
+    console = console or Console(stderr=True)
+    folder = Path(settings.output_dir) / settings.name
+    resume = prepare_folder(folder, settings, fresh)
+    _quiet()
+    import lightning
+
+    lightning.seed_everything(settings.trainer.seed, verbose=False)
+    train_samples, validation, report = load_data(settings.data, settings.trainer.seed)
+    (folder / "data_report.txt").write_text(report.summary() + "\n", encoding="utf-8")
+    console.print(f"data: {len(train_samples)} training and {len(validation)} validation samples")
+    if report.rejected:
+        console.print(report.summary(), markup=False)
+    return _fit(settings, folder, resume, train_samples, validation, before_training, console)
+
+
+def prepare_folder(folder: Path, settings: TrainSettings, fresh: bool) -> Path | None:
+    """Make the run's folder, or find the checkpoint to go on from.
+
+    Raises:
+        ConfigError: the folder holds a finished run, or one with other settings.
+    """
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    record = folder / "settings.json"
+    values = to_dict(settings)
+    if record.is_file():
+        if (folder / "model").is_dir():
+            raise ConfigError(f"{str(folder)!r} holds a finished run; choose another name=..., or add --fresh to replace it")
+        if (earlier := json.loads(record.read_text())) != json.loads(json.dumps(values)):
+            key = _first_difference(earlier, json.loads(json.dumps(values)))
+            raise ConfigError(
+                f"{str(folder)!r} holds an interrupted run with another {key}; use its settings to go on, another "
+                "name=..., or --fresh to start over"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(record, values)
+    checkpoints = sorted(p for p in (folder / "checkpoints").glob("step-*") if (p / "resume.ckpt").is_file())
+    return checkpoints[-1] if checkpoints else None
+
+
+def _first_difference(a: Any, b: Any, where: str = "") -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *b]:
+            if a.get(key) != b.get(key):
+                return _first_difference(a.get(key), b.get(key), f"{where}.{key}" if where else key)
+    return f"{where} ({a!r}, now {b!r})"
+
+
+def load_data(settings: DataSettings, seed: int) -> tuple[list[Sample], list[Sample], LoadReport]:
+    """Training and validation samples, no picture in both.
+
+    Raises:
+        ConfigError: nothing usable was found.
+    """
+    options = {key: value for key, value in settings.train.items() if key != "format"}
+    samples, report = sources.load(settings.train["format"], limit=settings.limit, **options)
+    if not samples:
+        raise ConfigError(f"no usable training sample; {report.summary()}")
+    if settings.validation_share == 0:
+        return samples, [], report
+    train_samples, validation = sources.split_by_image(samples, settings.validation_share, seed)
+    if not train_samples:
+        raise ConfigError(
+            f"no training sample is left beside validation_share={settings.validation_share}; lower it or add data"
+        )
+    return train_samples, validation, report
+
+
+def precision_of(settings: TrainerSettings, device: torch.device) -> str:
+    """Lightning's name for the precision: bfloat16 matrix products over float32 masters, or float32."""
+    if settings.precision == "auto":
+        return "32-true" if device.type == "mps" else "bf16-mixed"
+    return {"bf16": "bf16-mixed", "fp32": "32-true"}[settings.precision]
+
+
+def _fit(
+    settings: TrainSettings,
+    folder: Path,
+    resume: Path | None,
+    train_samples: list[Sample],
+    validation: list[Sample],
+    before_training: BeforeTraining | None,
+    console: Console,
+) -> Run:
+    import lightning
+
+    from eyespot.data.collate import Collator
+    from eyespot.data.datamodule import VLMDataModule
+    from eyespot.training.callbacks import Checkpoints, Reporter, SampleAnswers
+    from eyespot.training.checkpoint import CheckpointWriter
+    from eyespot.training.module import VLMModule
+
+    trainer_settings = settings.trainer
+    device = choose_device(trainer_settings.device)
+    model, processor = build_from_settings(settings.model)
+    if trainer_settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    row_length = settings.data.row_length if settings.data.packing else None
+    collator = Collator(processor, trainer_settings.accumulate, settings.data.max_length, row_length)
+    if resume is None:
+        calibrate(model, collator([train_samples[: trainer_settings.batch_size]]).batches, console)
+    else:
+        load_trained(model, resume)
+        model.config.image_scale = json.loads((resume / "config.json").read_text())["image_scale"]
+        console.print(f"going on from {resume}", markup=False)
+    console.print(parameter_table(model))
+    data = VLMDataModule(
+        train_samples,
+        validation[: trainer_settings.validation_limit],
+        collator,
+        batch_size=trainer_settings.batch_size,
+        share=settings.data.share if settings.data.packing else 1,
+        epochs=trainer_settings.epochs,
+        seed=trainer_settings.seed,
+        num_workers=trainer_settings.num_workers,
+        world=trainer_settings.devices,
+    )
+    num_steps = min(data.sampler.num_steps, trainer_settings.max_steps or data.sampler.num_steps)
+    assistant = Assistant(model, processor, str(device))
+    if resume is None and before_training is not None:
+        before_training(assistant)
+        lightning.seed_everything(trainer_settings.seed, verbose=False)
+    processor.save_pretrained(folder / "processor")
+    writer = CheckpointWriter(folder / "checkpoints", model, settings.model, folder / "processor")
+    reporter = Reporter(trainer_settings.log_every, console)
+    checkpoints = Checkpoints(
+        writer, trainer_settings.checkpoint_every, trainer_settings.keep_best, trainer_settings.patience
+    )
+    shown = (validation or train_samples)[: trainer_settings.num_samples]
+    answers = SampleAnswers(shown, assistant, trainer_settings.samples_every, folder / "samples.jsonl", console)
+    trainer = lightning.Trainer(
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=trainer_settings.devices,
+        precision=precision_of(trainer_settings, device),  # type: ignore[arg-type]
+        max_epochs=1,
+        max_steps=num_steps,
+        val_check_interval=min(trainer_settings.validate_every, num_steps),
+        limit_val_batches=1.0 if validation else 0,
+        num_sanity_val_steps=0,
+        callbacks=[reporter, answers, checkpoints],
+        logger=_loggers(settings, folder),
+        log_every_n_steps=trainer_settings.log_every,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+    )
+    module = VLMModule(model, trainer_settings, num_steps)
+    if resume is not None:
+        module.last_good = str(resume)
+    model.train()
+    trainer.fit(module, data, ckpt_path=None if resume is None else resume / "resume.ckpt", weights_only=True)
+    finished = checkpoints.stopped_by is None
+    if finished:
+        save_whole(model, processor, folder / "model")
+        checkpoints.save(trainer, module)
+    return Run(
+        folder, settings, finished, trainer.global_step, reporter.seconds, reporter.curve, reporter.validation,
+        checkpoints.stopped_by, Assistant(model, processor, str(device)),
+    )  # fmt: skip
+
+
+def calibrate(model: Any, batches: list[dict[str, torch.Tensor]], console: Console) -> None:
+    """Bring image embeddings to the size of text embeddings (Gemma multiplies its own by the root of its width)."""
+    batch = next((b for b in batches if "pixel_values" in b), None)
+    if batch is None:
+        return
+    before = model.calibrate(batch["pixel_values"], batch["input_ids"])
+    after = model.image_text_ratio(batch["pixel_values"], batch["input_ids"])
+    console.print(f"size of image to text embeddings (RMS): {before:.3g} before, {after:.3g} after scaling")
+    if not 0.5 <= after <= 2 or not math.isfinite(after):
+        raise ConfigError(f"image embeddings are {after:.3g} times the size of text embeddings; check the vision encoder")
+
+
+def save_whole(model: Any, processor: Any, folder: Path) -> None:
+    """The final transformers folder; it appears whole or not at all."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(model, processor, partial)
+    os.replace(partial, folder)
+
+
+def _loggers(settings: TrainSettings, folder: Path) -> Any:
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    loggers: list[Any] = []
+    if settings.logger.csv:
+        loggers.append(CSVLogger(folder, name="logs", version="csv"))
+    if settings.logger.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
+    return loggers
+
+
+def _write_json(path: Path, values: Any) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _quiet() -> None:
+    """Banners and bars of the libraries say nothing that eyespot does not say itself."""
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*litlogger.*|.*tensorboardX.*|.*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*You have overridden `transfer_batch_to_device`.*")
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # frozen parts are, on purpose
