@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from tiny import LANGUAGES, make_vlm
+from tiny import IMAGE_SIZE, LANGUAGES, make_vlm, save_language, vision_encoder
+from transformers import CLIPImageProcessorPil
 
 from eyespot.models.vlm import VLM
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes many seconds; deselect with -m 'not slow'")
 
 
 @pytest.fixture(scope="session", params=list(LANGUAGES))
 def vlm(request: pytest.FixtureRequest) -> VLM:
     """A tiny VLM around each kind of language model; tests read it and never change it."""
     return make_vlm(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with untied head and a byte tokenizer, as transformers saves them."""
+    return save_language("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma 3 with tied head."""
+    return save_language("gemma3", tmp_path_factory.mktemp("gemma3"))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP vision tower with its image processor."""
+    folder = tmp_path_factory.mktemp("clip")
+    vision_encoder("clip").save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(folder)
+    return folder

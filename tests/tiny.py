@@ -5,13 +5,16 @@ Shape letters are those of eyespot.models.vlm.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
     CohereConfig,
@@ -45,6 +48,7 @@ from eyespot.models.language.gpt import build_gpt
 from eyespot.models.vision.pretrained import without_pooler
 from eyespot.models.vision.vit import build_vit
 from eyespot.models.vlm import VLM, VLMConfig
+from eyespot.processing.tokenizers import byte_tokenizer
 
 VOCAB = 64
 WIDTH = 32
@@ -108,8 +112,9 @@ LANGUAGES: dict[str, Callable[[], PreTrainedModel]] = {
             **TEXT,
             **SLIDING,
             layer_types=["sliding_attention", "full_attention"],
-            final_logit_softcapping=3.0,
+            final_logit_softcapping=2.0,
             attn_logit_softcapping=5.0,
+            tie_word_embeddings=False,
         )
     ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT)),
@@ -170,6 +175,21 @@ def make_vlm(language: str = "llama", vision: str = "vit", **settings: Any) -> V
     model = VLM(config, vision=encoder, language=decoder)
     randomise(model.connector, 3)
     return model.eval()
+
+
+def save_language(name: str, folder: Path) -> Path:
+    """A language model for the 260 tokens of the byte tokenizer, beside that tokenizer, as a transformers folder."""
+    torch.manual_seed(1)
+    config = copy.deepcopy(LANGUAGES[name]().config)
+    tokenizer = byte_tokenizer()
+    config.vocab_size = len(tokenizer)
+    for token in ("bos", "eos", "pad"):
+        setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
+    model = AutoModelForCausalLM.from_config(config)
+    randomise(model, 1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @dataclass

@@ -279,6 +279,10 @@ def save(model: VLM, processor: Processor, folder: str | Path) -> None:
 def load_parts(folder: str | Path, dtype: str | torch.dtype = "auto") -> tuple[VLM, Processor]:
     """Model and processor from a transformers folder, strictly.
 
+    Args:
+        folder: what ``save`` wrote, a checkpoint of a run, or a Hub name.
+        dtype: "auto" as saved, part by part; "float32"; "bfloat16" for everything but adapters.
+
     Raises:
         ValueError: no such folder, not an eyespot model, or its tensors are not exactly those of its configuration.
     """
@@ -293,7 +297,17 @@ def load_parts(folder: str | Path, dtype: str | torch.dtype = "auto") -> tuple[V
         if kind != VLMConfig.model_type:
             raise ValueError(f"{str(folder)!r} holds a model of type {kind!r}, not {VLMConfig.model_type!r}")
     try:
-        model, info = VLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, use_safetensors=True)
+        config = VLMConfig.from_pretrained(str(folder))
+        if dtype != "auto":
+            config.float32_parts = []
+        model, info = VLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_loading refuses them, and names the first
+            use_safetensors=True,
+        )
         processor = AutoProcessor.from_pretrained(str(folder))
     except OSError as error:
         first = str(error).strip().splitlines()[0]

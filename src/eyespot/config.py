@@ -148,13 +148,15 @@ class LoggerSettings:
 
 @dataclass
 class EvaluationSettings:
-    """The evaluation at the end of a run, on ``data.test``."""
+    """The evaluation at the end of a run, on ``data.test``. controls: blind, shuffled, majority; before: so many questions
+    are also answered by the untrained model, for the report."""
 
     run: bool = True
     limit: int | None = None
     batch_size: int = 64
     max_new_tokens: int = 16
-    before: int = 24
+    controls: list[str] = field(default_factory=lambda: ["blind", "shuffled", "majority"])
+    before: int = 12
 
 
 @dataclass

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from eyespot.compose import load_parts
 from eyespot.models.vlm import VLM
 from eyespot.processing.processor import Processor
 from eyespot.processing.prompt import Message
+
+FEATURE_BYTES = 256_000_000  # of encoded pictures kept by an Assistant
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -31,11 +36,6 @@ def choose_device(device: str = "auto") -> torch.device:
         there = ", ".join(name for name, is_there in available.items() if is_there)
         raise ValueError(f"device {device!r} is not available on this machine; available: {there}")
     return torch.device(device)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """bfloat16 matrix products for a bfloat16 model (its adapters are float32), nothing for a float32 one."""
-    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
 def user_turn(images: Sequence[Any], question: str) -> list[Message]:
@@ -57,6 +57,7 @@ class Assistant:
         self.device = choose_device(device)
         self.model = model.to(self.device).eval()
         self.processor = processor
+        self._features: dict[Hashable, Tensor] = {}
 
     def ask(self, images: Any, question: str, **options: Any) -> str:
         """One answer about one picture or a list of them (paths, bytes, PIL; an empty list asks without a picture).
@@ -98,6 +99,31 @@ class Assistant:
         """One greedy answer for each (pictures, messages) pair; messages end with a user turn."""
         return self.generate_text(conversations, max_new_tokens=max_new_tokens)
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 matrix products for a bfloat16 model (its adapters are float32), nothing for a float32 one."""
+        if self.model.compute_dtype == torch.bfloat16:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Any]) -> Tensor:
+        """Pictures -> patch features float [N, P, E]; a picture that was encoded lately is not encoded again."""
+        keys = [_picture_key(image) for image in images]
+        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._features}
+        if missing:
+            pixels = self.processor.pixel_values(list(missing.values())).to(self.device)
+            with self.autocast():
+                encoded = self.model.encode_images(pixels)
+            self._features.update(zip(missing, encoded, strict=True))
+        found = torch.stack([self._features[key] for key in keys])
+        while len(self._features) * found[0].nbytes > FEATURE_BYTES:
+            del self._features[next(iter(self._features))]
+        return found
+
+    def forget(self) -> None:
+        """Drop the encoded pictures, for instance after the encoder was trained."""
+        self._features.clear()
+
     @torch.inference_mode()
     def generate_text(
         self,
@@ -117,11 +143,26 @@ class Assistant:
         """
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or above")
-        batch = self.processor.prompt_batch(conversations).to(self.device)
+        batch = self.processor.prompt_ids(conversations).to(self.device)
+        if images := [image for pictures, _ in conversations for image in pictures]:
+            batch["image_features"] = self.features(images)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        with autocast(self.device, self.model.compute_dtype):
+        with self.autocast():
             sequences = self.model.generate(**batch, max_new_tokens=max_new_tokens, **sampling, **options)
         return self.processor.decode_answers(sequences, batch["input_ids"].shape[1])
+
+
+def _picture_key(image: Any) -> Hashable:
+    """Equal for the same picture: a file by name, size and time, bytes by value, an opened picture by its pixels."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).digest()
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            status = os.stat(image)
+        except OSError:
+            return str(image)  # opening it says what is wrong
+        return str(image), status.st_size, status.st_mtime_ns
+    return hashlib.sha256(image.tobytes()).digest(), image.mode, image.size
 
 
 def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Assistant:

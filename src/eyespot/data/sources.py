@@ -101,7 +101,7 @@ def _reader(format: str, options: dict[str, Any]) -> Iterator[Sample | Rejected]
     for name in options:
         if name not in parameters:
             raise ValueError(
-                f"data format {format!r} has no option {name!r}{closest(name, names)}; options: {', '.join(names)}"
+                f"data format {format!r} has no option {name!r}{closest(name, names)} (options: {', '.join(names)})"
             )
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in options:

@@ -41,3 +41,12 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     attention_mask int64 [B, T] -> position_ids int64 [B, T]; padded positions get 0.
     """
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0).to(torch.long)
+
+
+def padding_to_the_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move all padding to the left, where generation needs it; the order of the real tokens stays.
+
+    input_ids int64 [B, T], attention_mask int64 [B, T] -> the same two, moved.
+    """
+    order = attention_mask.argsort(dim=-1, stable=True)
+    return input_ids.gather(-1, order), attention_mask.gather(-1, order)

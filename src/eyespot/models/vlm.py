@@ -27,7 +27,7 @@ from eyespot.models.attention import attention_argument
 from eyespot.models.language import gpt as _gpt  # noqa: F401  registers our language model with transformers
 from eyespot.models.lora import add_lora
 from eyespot.models.loss import causal_loss, head_logits
-from eyespot.models.merge import merge, placeholder_mask, positions_from_mask
+from eyespot.models.merge import merge, padding_to_the_left, placeholder_mask, positions_from_mask
 from eyespot.models.vision.pretrained import vision_from_config
 from eyespot.registry import CONNECTORS
 
@@ -140,6 +140,11 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     @property
     def language_dim(self) -> int:
         return int(self.config.text_config.get_text_config().hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model as a whole is saved and loaded in; ``float32_parts`` are the exceptions."""
+        return self.compute_dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -297,7 +302,7 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """transformers' generate; the pictures are encoded and merged once, before beams or samples multiply the rows.
 
         Args:
-            inputs: prompt ids int64 [B, T] (or ``input_ids=``), padded on the left.
+            inputs: prompt ids int64 [B, T] (or ``input_ids=``); padding on the right is moved to the left.
             pixel_values: float [N, 3, H, W]. image_features: float [N, P, E], instead.
 
         Returns:
@@ -306,6 +311,8 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             return super().generate(input_ids, **kwargs)
+        if (mask := kwargs.get("attention_mask")) is not None and kwargs.get("position_ids") is None:
+            input_ids, kwargs["attention_mask"] = padding_to_the_left(input_ids, mask)
         image_embeds = None
         if pixel_values is not None or image_features is not None:
             image_embeds = self.embed_images(pixel_values, image_features)

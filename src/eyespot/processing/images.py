@@ -37,7 +37,7 @@ ImageInput = str | os.PathLike[str] | bytes | PIL.Image.Image
 # Source: https://pillow.readthedocs.io/en/stable/handbook/image-file-formats.html
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 
-# Pillow's decoders meet bytes that strangers wrote, and each fails in its own way; fuzzing them raised these.
+# Pillow's decoders parse bytes that strangers wrote, and each of them fails in its own way.
 _DECODER_ERRORS = (
     OSError,
     EOFError,

@@ -185,12 +185,17 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
         Raises:
             PromptError: the number of pictures differs from what the messages speak of.
         """
+        batch = self.prompt_ids(conversations)
+        if images := [image for row, _ in conversations for image in row]:
+            batch["pixel_values"] = self.pixel_values(images)
+        return BatchFeature(batch)
+
+    def prompt_ids(self, conversations: Sequence[tuple[Sequence[Any], Sequence[Message]]]) -> BatchFeature:
+        """The words of ``prompt_batch`` without its pixels: input_ids and attention_mask int64 [B, T]."""
         for images, messages in conversations:
             check_counts(count_images(messages), len(images))
         batch = self.pad([self.encode_prompt(messages) for _, messages in conversations], "left")
         del batch["labels"]
-        if images := [image for row, _ in conversations for image in row]:
-            batch["pixel_values"] = self.pixel_values(images)
         return BatchFeature(batch)
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:

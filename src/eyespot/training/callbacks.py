@@ -113,6 +113,7 @@ class SampleAnswers(lightning.Callback):
         state = random_state()
         was_training = self.assistant.model.training
         self.assistant.model.eval()
+        self.assistant.forget()
         answers = self.assistant.answer_batch(asked, max_new_tokens=24)
         self.assistant.model.train(was_training)
         set_random_state(state)  # looking at the model must not change what it learns
@@ -141,14 +142,13 @@ class Checkpoints(lightning.Callback):
         self.stopped_by: str | None = None
         self.bad_validations = 0
         self._handlers: dict[int, Any] = {}
+        self._resumed: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._resumed is not None:
             set_random_state(self._resumed)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._ask_to_stop)
-
-    _resumed: dict[str, Any] | None = None
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None:
@@ -159,6 +159,7 @@ class Checkpoints(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.stopped_by is not None:
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # whoever stops a run does not want to wait for a validation
         if self.stopped_by is not None or trainer.global_step % self.every == 0:
             self.save(trainer, pl_module)
 

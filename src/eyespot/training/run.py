@@ -26,16 +26,18 @@ from eyespot.models.parameters import parameter_table
 from eyespot.registry import closest
 
 BeforeTraining = Callable[[Assistant], None]
+RECORD_FILE = "training.json"
 
 
 @dataclass
 class Run:
-    """What a run left behind. finished is False when it was stopped; the same command goes on from its checkpoint."""
+    """What a run left behind; samples and seconds are those of training alone. finished is False when it was stopped; the same command goes on from its checkpoint."""
 
     folder: Path
     settings: TrainSettings
     finished: bool
     steps: int
+    samples: int
     seconds: float
     curve: list[tuple[int, float]]
     validation: list[tuple[int, float]]
@@ -277,10 +279,14 @@ def _fit(
     trainer.fit(module, data, ckpt_path=None if resume is None else resume / "resume.ckpt", weights_only=True)
     finished = checkpoints.stopped_by is None
     if finished:
-        save_whole(model, processor, folder / "model")
         checkpoints.save(trainer, module)
+        record = {
+            "settings": to_dict(settings), "steps": trainer.global_step, "samples": reporter.samples_seen,
+            "seconds": reporter.seconds, "curve": reporter.curve, "validation": reporter.validation,
+        }  # fmt: skip
+        save_whole(model, processor, folder / "model", record)
     return Run(
-        folder, settings, finished, trainer.global_step, reporter.seconds, reporter.curve, reporter.validation,
+        folder, settings, finished, trainer.global_step, reporter.samples_seen, reporter.seconds, reporter.curve, reporter.validation,
         checkpoints.stopped_by, Assistant(model, processor, str(device)),
     )  # fmt: skip
 
@@ -297,11 +303,12 @@ def calibrate(model: Any, batches: list[dict[str, torch.Tensor]], console: Conso
         raise ConfigError(f"image embeddings are {after:.3g} times the size of text embeddings; check the vision encoder")
 
 
-def save_whole(model: Any, processor: Any, folder: Path) -> None:
-    """The final transformers folder; it appears whole or not at all."""
+def save_whole(model: Any, processor: Any, folder: Path, record: dict[str, Any]) -> None:
+    """The final transformers folder, with the record of its training; it appears whole or not at all."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     save(model, processor, partial)
+    _write_json(partial / RECORD_FILE, record)
     os.replace(partial, folder)
 
 
@@ -330,4 +337,5 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*litlogger.*|.*tensorboardX.*|.*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*You have overridden `transfer_batch_to_device`.*")
+    warnings.filterwarnings("ignore", message=".*is not\n? *resumable.*|.*dataloader.*resumable.*")  # ours is
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # frozen parts are, on purpose

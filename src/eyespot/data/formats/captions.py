@@ -101,7 +101,7 @@ def _check_columns(columns: Iterable[str], needed: list[str], name: str) -> None
     given = list(columns)
     for column in needed:
         if column not in given:
-            raise ValueError(f"{name!r} has no column {column!r}{closest(column, given)}; columns: {', '.join(given)}")
+            raise ValueError(f"{name!r} has no column {column!r}{closest(column, given)} (columns: {', '.join(given)})")
 
 
 def _csv_rows(file: Path, needed: list[str]) -> _Rows:

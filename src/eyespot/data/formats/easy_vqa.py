@@ -25,7 +25,7 @@ def read_easy_vqa(split: str = "train") -> Iterator[Sample | Rejected]:
     except ImportError as error:
         raise ImportError("data format 'easy_vqa' needs a package; pip install \"eyespot[quickstart]\"") from error
     if split not in _SPLITS:
-        raise ValueError(f"unknown split {split!r}{closest(split, _SPLITS)} Choices: {', '.join(_SPLITS)}")
+        raise ValueError(f"unknown split {split!r}{closest(split, _SPLITS)} (choices: {', '.join(_SPLITS)})")
     questions = easy_vqa.get_train_questions() if split == "train" else easy_vqa.get_test_questions()
     paths = easy_vqa.get_train_image_paths() if split == "train" else easy_vqa.get_test_image_paths()
     for index, (question, answer, picture) in enumerate(zip(*questions, strict=True)):

@@ -23,7 +23,11 @@ def load_language(
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            source,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_complete refuses them, and names the first
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:

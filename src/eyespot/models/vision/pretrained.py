@@ -36,7 +36,13 @@ def load_vision(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         config = AutoConfig.from_pretrained(source)
         config = getattr(config, "vision_config", config)
         model_class = AutoModel._model_mapping[type(config)]
-        loaded = model_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+        loaded = model_class.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_complete refuses them, and names the first
+        )
     except (OSError, ValueError) as error:
         where = "the folder" if Path(source).exists() else "no such folder, and the Hub model"
         raise ValueError(f"vision encoder {source!r}: {where} cannot be read ({_first_line(error)})") from error

@@ -1,0 +1,5 @@
+"""``python -m eyespot``."""
+
+from eyespot.cli import script
+
+script()

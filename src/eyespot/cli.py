@@ -1,0 +1,258 @@
+"""The command line. Verbs only: what they do lives elsewhere and is imported when a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EPILOG = """examples:
+  eyespot train recipe=quickstart
+  eyespot train recipe=smoke trainer.batch_size=4 name=first
+  eyespot ask runs/quickstart/model photo.png "what color is the shape?"
+  eyespot caption runs/quickstart/model photos --out captions.jsonl
+  eyespot evaluate runs/quickstart/model
+  eyespot inspect data recipe=quickstart
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every verb."""
+    top = argparse.ArgumentParser(
+        prog="eyespot", description="Build, train, evaluate and ask small vision-language models.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    top.add_argument("--version", action="store_true", help="print the version")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+
+    train = verbs.add_parser("train", help="train a recipe; the same command resumes an interrupted run")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="recipe=NAME and any setting")
+    train.add_argument("--fresh", action="store_true", help="delete what an earlier run of this name left")
+
+    ask = verbs.add_parser("ask", help="ask a model about pictures")
+    ask.add_argument("model", help="model folder")
+    ask.add_argument("words", nargs="+", metavar="IMAGE... QUESTION", help="pictures, then the question; - reads stdin")
+    _add_generation(ask)
+    ask.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+
+    caption = verbs.add_parser("caption", help="describe every picture of a folder; resumable")
+    caption.add_argument("model", help="model folder")
+    caption.add_argument("folder", help="folder of pictures")
+    caption.add_argument("--out", required=True, metavar="FILE", help="JSON lines; pictures already in it are skipped")
+    caption.add_argument("--prompt", default="", help="words beside the picture")
+    caption.add_argument("--batch-size", type=int, default=16)
+    _add_generation(caption)
+
+    evaluate = verbs.add_parser("evaluate", help="score a model beside its blind and shuffled-picture controls")
+    evaluate.add_argument("model", help="model folder")
+    evaluate.add_argument("data", nargs="*", metavar="key=value", help="format=NAME and its options; default: the test set of the run")
+    evaluate.add_argument("--out", metavar="FOLDER", help="where report.json, predictions.jsonl and report.html go")
+    evaluate.add_argument("--limit", type=int, help="a random choice of so many questions")
+    evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--max-new-tokens", type=int, default=16)
+    evaluate.add_argument("--device", default="auto")
+
+    inspect = verbs.add_parser("inspect", help="look at data, a batch or a model before training")
+    inspect.add_argument("what", choices=["data", "batch", "model"])
+    inspect.add_argument("target", nargs="+", metavar="MODEL or key=value", help="model folder, or recipe=NAME and settings")
+    inspect.add_argument("-n", type=int, default=6, help="number of samples")
+    inspect.add_argument("--out", metavar="FILE", help="also write a picture (PNG) of what is shown")
+    return top
+
+
+def _add_generation(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--max-new-tokens", type=int, default=64)
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    verb.add_argument("--top-p", type=float)
+    verb.add_argument("--top-k", type=int)
+    verb.add_argument("--num-beams", type=int)
+    verb.add_argument("--repetition-penalty", type=float)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 1 training failed, 2 unusable input, 130 stopped by Ctrl+C.
+
+    Unusable input is one line on stderr; EYESPOT_DEBUG=1 shows the traceback as well.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    top = parser()
+    options = top.parse_args(words)
+    if options.version:
+        from eyespot import __version__
+
+        print(f"eyespot {__version__}")
+        return 0
+    if options.verb is None:
+        top.print_help()
+        return 0
+    try:
+        return VERBS[options.verb](options, words)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, ImportError, OSError) as error:
+        if os.environ.get("EYESPOT_DEBUG") == "1":
+            raise
+        print(f"eyespot {options.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def train(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Train, then evaluate and write the page."""
+    from rich.console import Console
+
+    from eyespot.evaluation.finish import BeforeAndAfter
+    from eyespot.training.module import TrainingStopped
+    from eyespot.training.run import compose_settings
+    from eyespot.training.run import train as run_training
+
+    settings = compose_settings(options.overrides)
+    console = Console(stderr=True)
+    closing = BeforeAndAfter(settings) if settings.evaluation.run else None
+    try:
+        run = run_training(
+            settings, fresh=options.fresh, console=console, before_training=closing.ask_untrained if closing else None
+        )
+    except TrainingStopped as error:
+        print(f"eyespot train: {error}", file=sys.stderr)
+        return 1
+    command = " ".join(["eyespot", *words])
+    if not run.finished:
+        print(f"stopped by {run.stopped_by} at step {run.steps}, saved; to go on: {command.replace(' --fresh', '')}")
+        return 130
+    print(f"model: {run.model_folder}")
+    if closing is not None:
+        evaluation = closing.finish(run, command)
+        print_evaluation(evaluation, closing.before)
+        print(f"report: {run.folder / 'report.json'} and {run.folder / 'report.html'}")
+    return 0
+
+
+def print_evaluation(evaluation: Any, before: Any = None) -> None:
+    """Scores, controls, verdict and, after training, answers before and after."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if before is not None:
+        earlier = {prediction.id: prediction for prediction in before.predictions}
+        table = Table(title="the same questions before and after training", box=None, pad_edge=False)
+        for name in ("picture", "question", "truth", "before", "after", "blind"):
+            table.add_column(name)
+        for p in (p for p in evaluation.predictions if p.id in earlier):
+            cells = [p.group, p.question, p.answers[0], earlier[p.id].prediction, p.prediction, p.blind_prediction or ""]
+            table.add_row(*(cell.replace("[", "\\[").replace("\n", " ")[:48] for cell in cells))
+        console.print(table)
+    low, high = evaluation.interval
+    print(f"accuracy {evaluation.accuracy:.1%} [{low:.1%}, {high:.1%}] on {evaluation.num_questions:,} questions")
+    for name, score in evaluation.controls.items():
+        print(f"  {name}: {score.accuracy:.1%} [{score.interval[0]:.1%}, {score.interval[1]:.1%}]")
+    print(evaluation.verdict)
+
+
+def ask(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Answer one question."""
+    *images, question = options.words
+    images = [_stdin_bytes() if image == "-" else image for image in images]
+    if question == "-":
+        question = sys.stdin.read().strip()
+    assistant = _assistant(options)
+    if options.json:
+        answer = assistant.ask(images, question, **_generation(options))
+        shown = [image if isinstance(image, str) else "-" for image in images]
+        print(json.dumps({"images": shown, "question": question, "answer": answer}, ensure_ascii=False))
+        return 0
+    if options.num_beams and options.num_beams > 1:
+        print(assistant.ask(images, question, **_generation(options)))
+        return 0
+    for piece in assistant.stream(images, question, **_generation(options)):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _stdin_bytes() -> bytes:
+    return sys.stdin.buffer.read()
+
+
+def caption(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Describe a folder of pictures."""
+    from eyespot.evaluation.caption import caption_folder
+
+    done, failed = caption_folder(
+        _assistant(options), Path(options.folder), Path(options.out), prompt=options.prompt,
+        batch_size=options.batch_size, **_generation(options),
+    )  # fmt: skip
+    print(f"{done} captions and {failed} unreadable pictures written to {options.out}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Score a model with its controls."""
+    from eyespot.evaluation.finish import load_test, source_of
+    from eyespot.evaluation.report import write_page
+    from eyespot.evaluation.runner import evaluate as run_evaluation
+    from eyespot.inference import load
+
+    source = source_of(options.model, options.data)
+    samples = load_test(source, options.limit)
+    evaluation = run_evaluation(
+        load(options.model, options.device), samples, name=str(options.model), batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )  # fmt: skip
+    print_evaluation(evaluation)
+    if options.out:
+        folder = Path(options.out)
+        evaluation.write(folder)
+        write_page(
+            folder / "report.html", evaluation, title=f"eyespot: {options.model}", samples=samples,
+            command=" ".join(["eyespot", *words]),
+        )  # fmt: skip
+        print(f"report: {folder / 'report.json'} and {folder / 'report.html'}")
+    return 0
+
+
+def inspect(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Show data, a batch or a model."""
+    from eyespot import inspection
+
+    out = Path(options.out) if options.out else None
+    if options.what == "model":
+        inspection.show_model(options.target, out)
+    else:
+        from eyespot.training.run import compose_settings
+
+        settings = compose_settings(options.target)
+        show = inspection.show_data if options.what == "data" else inspection.show_batch
+        show(settings, options.n, out)
+    return 0
+
+
+def _assistant(options: argparse.Namespace) -> Any:
+    from eyespot.inference import load
+
+    if options.temperature > 0:
+        import torch
+
+        torch.manual_seed(options.seed)
+    return load(options.model, options.device)
+
+
+def _generation(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
+    given = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+VERBS = {"train": train, "ask": ask, "caption": caption, "evaluate": evaluate, "inspect": inspect}
+
+
+def script() -> None:
+    """Entry point of the ``eyespot`` command."""
+    sys.exit(main())
