@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from eyespot.config import (
     from_dict,
     to_dict,
 )
+from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.models.loss import head_logits
 from eyespot.models.vision.convnet import EyespotConvNetConfig
 from eyespot.models.vision.efficientnet_lite import EfficientNetLiteConfig
@@ -42,7 +44,9 @@ NEEDS_BOS = ("gemma", "gemma2", "gemma3_text")
 AutoProcessor.register(VLMConfig, Processor)
 for _config in OWN_ENCODERS:
     if _config not in IMAGE_PROCESSOR_MAPPING._extra_content:
-        AutoImageProcessor.register(_config, slow_image_processor_class=EyespotImageProcessor)
+        AutoImageProcessor.register(
+            _config, image_processor_classes={"pil": EyespotImageProcessor, "torchvision": EyespotImageProcessor}
+        )
 
 
 def build(
@@ -74,6 +78,7 @@ def _plain(settings: Any) -> Any:
 def build_from_settings(settings: ModelSettings) -> tuple[VLM, Processor]:
     """A model and its processor from checked settings; trainable parts are float32, as the optimizer needs them."""
     check_model(settings)
+    settings = with_dtypes(settings)
     vision = _load_vision(settings.vision)
     language, tokenizer = _load_language(settings.language)
     prefix, patches = token_counts(vision.config)
@@ -114,6 +119,18 @@ def _load_vision(settings: VisionSettings) -> PreTrainedModel:
     if settings.name == "pretrained":
         return factory(**settings.args, dtype=_dtype(settings))  # type: ignore[no-any-return]
     return factory(**settings.args).to(_dtype(settings))  # type: ignore[no-any-return]
+
+
+def with_dtypes(settings: ModelSettings, device: torch.device | None = None) -> ModelSettings:
+    """The settings with every dtype "auto" decided: frozen weights in bfloat16 where that is fast, float32 elsewhere."""
+    fast = has_fast_bfloat16(device or choose_device())
+
+    def decide(part: Any) -> Any:
+        if part.dtype != "auto":
+            return part
+        return replace(part, dtype="bfloat16" if fast and part.train != "full" else "float32")
+
+    return replace(settings, vision=decide(settings.vision), language=decide(settings.language))
 
 
 def _dtype(settings: VisionSettings | LanguageSettings) -> torch.dtype:

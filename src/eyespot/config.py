@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ class VisionSettings:
     lora: LoraSettings | None = None
     layer: int | None = None
     keep_cls: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     resize: Literal["squash", "crop", "pad"] = "squash"
 
 
@@ -64,7 +64,7 @@ class LanguageSettings:
     args: dict[str, Any] = field(default_factory=dict)
     train: Mode = "frozen"
     lora: LoraSettings | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     template: str = "auto"
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
@@ -183,7 +183,7 @@ def from_dict(cls: type[Any], values: Mapping[str, Any], where: str = "") -> Any
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            raise ConfigError(f"unknown key {_join(where, key)!r}{closest(str(key), _names(cls))} Keys: {', '.join(_names(cls))}")
+            raise ConfigError(f"unknown key {_join(where, key)!r}{closest(str(key), _names(cls))} (keys: {', '.join(_names(cls))})")
     missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
     if missing:
         raise ConfigError(f"{_join(where, missing[0])!r} is missing; every {where or 'run'} needs it")
@@ -203,7 +203,7 @@ def check_value(value: Any, hint: Any, where: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast("type[Any]", hint), value, where)
-    if origin is list and isinstance(value, (list, tuple)):
+    if origin in (list, Sequence) and isinstance(value, (list, tuple)):
         return [check_value(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
         return {str(key): item for key, item in value.items()}
@@ -251,7 +251,7 @@ def check_arguments(registry: Registry, name: str, arguments: Mapping[str, Any],
         if key not in parameters:
             names = list(parameters)
             raise ConfigError(
-                f"{registry.kind} {name!r} takes no argument {key!r}{closest(key, names)} Arguments: {', '.join(names)}"
+                f"{registry.kind} {name!r} takes no argument {key!r}{closest(key, names)} (arguments: {', '.join(names)})"
             )
         check_value(value, hints.get(key, Any), f"{where}.args.{key}")
     for key, parameter in parameters.items():
@@ -269,7 +269,7 @@ def check_model(settings: ModelSettings) -> None:
         LANGUAGES, settings.language.name, settings.language.args, "model.language", ("dtype", "vocab_size")
     )
     for name, part in (("vision", settings.vision), ("language", settings.language)):
-        if part.train == "full" and part.dtype != "float32":
+        if part.train == "full" and part.dtype == "bfloat16":
             raise ConfigError(
                 f"model.{name}.dtype is bfloat16 but model.{name}.train is full; AdamW rounds small steps to zero in "
                 f"bfloat16, so set model.{name}.dtype=float32 (trainer.precision=bf16 still computes in bfloat16)"

@@ -15,27 +15,12 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from eyespot.compose import load_parts
+from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.models.vlm import VLM
 from eyespot.processing.processor import Processor
 from eyespot.processing.prompt import Message
 
 FEATURE_BYTES = 256_000_000  # of encoded pictures kept by an Assistant
-
-
-def choose_device(device: str = "auto") -> torch.device:
-    """"auto" takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        ValueError: the device that was asked for is not there.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    kind = device.partition(":")[0]
-    if not available.get(kind, False):
-        there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise ValueError(f"device {device!r} is not available on this machine; available: {there}")
-    return torch.device(device)
 
 
 def user_turn(images: Sequence[Any], question: str) -> list[Message]:
@@ -171,10 +156,13 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Assista
     Args:
         path: folder that training wrote (or a Hub name): a whole model, or a checkpoint of a run.
         device: "auto", "cpu", "cuda", "mps".
-        dtype: "auto" as saved, "float32" or "bfloat16".
+        dtype: "auto" (as saved, but float32 where the device is slow in bfloat16), "float32" or "bfloat16".
 
     Raises:
         ValueError: nothing usable at ``path``, or no such device.
     """
     model, processor = load_parts(path, dtype)
-    return Assistant(model, processor, device)
+    chosen = choose_device(device)
+    if dtype == "auto" and not has_fast_bfloat16(chosen):
+        model = model.float()
+    return Assistant(model, processor, str(chosen))

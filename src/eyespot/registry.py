@@ -36,7 +36,7 @@ class Registry:
     def __getitem__(self, name: str) -> Callable[..., Any]:
         if name not in self._factories:
             names = self.names()
-            raise ValueError(f"unknown {self.kind} {name!r}{closest(name, names)} Choices: {', '.join(names)}")
+            raise ValueError(f"unknown {self.kind} {name!r}{closest(name, names)} (choices: {', '.join(names)})")
         factory = self._factories[name]
         if isinstance(factory, str):
             module, _, attribute = factory.partition(":")

@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from eyespot.compose import build_from_settings, load_trained, save
+from eyespot.compose import build_from_settings, load_trained, save, with_dtypes
 from eyespot.config import ConfigError, DataSettings, TrainerSettings, TrainSettings, check_settings, from_dict, to_dict
 from eyespot.data import sources
 from eyespot.data.sample import LoadReport, Sample
-from eyespot.inference import Assistant, choose_device
+from eyespot.devices import choose_device, has_fast_bfloat16
+from eyespot.inference import Assistant
 from eyespot.models.parameters import parameter_table
 from eyespot.registry import closest
 
@@ -124,6 +125,9 @@ def train(
         settings = from_dict(TrainSettings, settings)
     assert isinstance(settings, TrainSettings)
     check_settings(settings)
+    # decided now and recorded, so that a checkpoint's frozen parts are built the same way on another machine
+    device = choose_device(settings.trainer.device)
+    settings = replace(settings, model=with_dtypes(settings.model, device))
     console = console or Console(stderr=True)
     folder = Path(settings.output_dir) / settings.name
     resume = prepare_folder(folder, settings, fresh)
@@ -195,7 +199,7 @@ def load_data(settings: DataSettings, seed: int) -> tuple[list[Sample], list[Sam
 def precision_of(settings: TrainerSettings, device: torch.device) -> str:
     """Lightning's name for the precision: bfloat16 matrix products over float32 masters, or float32."""
     if settings.precision == "auto":
-        return "32-true" if device.type == "mps" else "bf16-mixed"
+        return "bf16-mixed" if has_fast_bfloat16(device) else "32-true"
     return {"bf16": "bf16-mixed", "fp32": "32-true"}[settings.precision]
 
 
