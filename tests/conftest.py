@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import IMAGE_SIZE, LANGUAGES, make_vlm, save_language, vision_encoder
+from tiny import IMAGE_SIZE, LANGUAGES, make_vlm, save_language, vision_encoder, write_gguf
 from transformers import CLIPImageProcessorPil
 
 from eyespot.models.vlm import VLM
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes many seconds; deselect with -m 'not slow'")
 
 
 @pytest.fixture(scope="session", params=list(LANGUAGES))
@@ -41,3 +37,11 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer as a GGUF file, unquantised."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path)
+    return path

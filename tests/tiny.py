@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -231,3 +233,37 @@ def collate(rows: Sequence[Row], side: str = "right", pad_id: int = 0) -> dict[s
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def write_gguf(path: Path) -> PreTrainedModel:
+    """A tiny Qwen2 with a byte-level tokenizer as an unquantised GGUF file; returns the model that was written."""
+    gguf = pytest.importorskip("gguf")
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    ends = {"bos_token_id": None, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 3}
+    config = Qwen2Config(**{**TEXT, "vocab_size": len(words), **ends})
+    model = Qwen2ForCausalLM(config)
+    randomise(model, 1)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * (len(words) - 3) + [3] * 3)  # 3: control tokens
+    writer.add_token_merges(["h e"])
+    writer.add_eos_token_id(ends["eos_token_id"])
+    writer.add_pad_token_id(ends["pad_token_id"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model.eval()

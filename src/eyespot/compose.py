@@ -258,7 +258,9 @@ def load_checkpoint(folder: Path) -> tuple[VLM, Processor]:
         ValueError: the frozen parts are not those of the run, or the tensors do not fit.
     """
     record = json.loads((folder / CHECKPOINT_FILE).read_text())
-    model, _ = build_from_settings(from_dict(ModelSettings, record["model"], "model"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(record["seed"])  # a frozen part may be random: it is drawn again
+        model, _ = build_from_settings(from_dict(ModelSettings, record["model"], "model"))
     load_trained(model, folder)
     if (found := frozen_hash(model)) != record["frozen_sha256"]:
         raise ValueError(

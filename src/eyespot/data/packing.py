@@ -103,7 +103,8 @@ def row_columns(documents: Sequence[Document]) -> dict[str, list[int]]:
             length = len(piece.input_ids)
             first_position = prefix_length if branch_number else 0
             columns["input_ids"] += piece.input_ids
-            columns["labels"] += piece.labels
+            # nothing stands before the first token of a document that could predict it
+            columns["labels"] += piece.labels if branch_number else [IGNORE_INDEX, *piece.labels[1:]]
             columns["position_ids"] += range(first_position, first_position + length)
             columns["documents"] += [number] * length
             columns["branches"] += [branch_number] * length

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -35,7 +37,8 @@ class Encoded:
 
     @property
     def num_supervised(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        """Tokens to learn; the first one of a row has nothing before it that could predict it."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 class Processor(ProcessorMixin):  # type: ignore[misc]
@@ -81,17 +84,22 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
     def end_of_turn_id(self) -> int:
         """The token that ends the assistant's turn: what the template writes right after an answer."""
         probe = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-        last = self._spans(probe, training=True)[-1]
-        return self._end_of_turn(last)
+        return self._end_of_turn(_after_answer(self._spans(probe, training=True)))
 
     def encode_conversation(self, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
         """A training row: the assistant's words and the end-of-turn token are labelled, everything else is not.
 
         Raises:
-            PromptError: nothing to learn is left, or the cut at ``max_length`` would go through a picture.
+            PromptError: nothing to learn is left, the cut at ``max_length`` would go through a picture, or a picture
+                stands after the last answer.
         """
-        encoded = self._encode(self._spans(messages, training=True))
+        spans = self._spans(messages, training=True)
+        if spans[-1].learned:
+            self._end_of_turn(_after_answer(spans))  # refuses a template that ends with the answer
+        encoded = self._encode(spans)
         last = max(i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
+        if self.image_token_id in encoded.input_ids[last + 1 :]:
+            raise PromptError("a picture stands after the last answer, where nothing learns from it; drop that turn")
         ids, labels = encoded.input_ids[: last + 1], encoded.labels[: last + 1]
         if max_length is not None and len(ids) > max_length:
             if self.image_token_id in ids[max_length:]:
@@ -109,7 +117,8 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
         return self._encode(self._spans(messages, training=False))
 
     def _spans(self, messages: Sequence[Message], *, training: bool) -> list[Span]:
-        specials = {f"{name}_token": getattr(self.tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        specials = {name: token for name in names if (token := getattr(self.tokenizer, name)) is not None}
         make = training_spans if training else prompt_spans
         spans = make(messages, self.chat_template, {**specials, **self.template_kwargs})
         if self.image_mode == "prefix":
@@ -117,10 +126,13 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
         return spans
 
     def _encode(self, spans: list[Span]) -> Encoded:
-        ids: list[int] = []
-        labels: list[int] = []
+        ids: list[int] = [self.tokenizer.bos_token_id] if self.add_bos else []
+        labels = [IGNORE_INDEX] * len(ids)
+        first_words = next((span for span in spans if span.kind != "image"), None)
         for span in spans:
             new = self._span_ids(span)
+            if self.add_bos and span is first_words and new[:1] == ids[:1]:
+                new = new[1:]  # the template writes BOS itself
             known = [IGNORE_INDEX] * len(new)
             if span.learned:
                 known = list(new)
@@ -128,21 +140,42 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
                 known[0] = self._end_of_turn(span)
             ids += new
             labels += known
-        bos = self.tokenizer.bos_token_id
-        if self.add_bos and (not ids or ids[0] != bos):
-            ids, labels = [bos, *ids], [IGNORE_INDEX, *labels]
         return Encoded(ids, labels, sum(span.kind == "image" for span in spans))
 
     def _span_ids(self, span: Span) -> list[int]:
         if span.kind == "image":
             return [self.image_token_id] * self.num_image_tokens
-        # what a person wrote never turns into a special token
-        ids = self.tokenizer(span.text, add_special_tokens=False, split_special_tokens=span.kind == "text").input_ids
-        return list(ids)
+        if span.kind == "template":
+            return list(self.tokenizer(span.text, add_special_tokens=False).input_ids)
+        # what a person wrote never turns into a token of the template, special or not
+        cuts = [match.start() + 1 for match in self._template_tokens.finditer(span.text)]
+        pieces = [span.text[a:b] for a, b in zip([0, *cuts], [*cuts, len(span.text)], strict=True)]
+        rows = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True).input_ids
+        return [token for row in rows for token in row]
+
+    @cached_property
+    def _template_tokens(self) -> re.Pattern[str]:
+        """Where a typed text would match an added token that the template uses but that is not marked as special."""
+        probe = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        written = self.chat_template + "".join(span.text for span in self._spans(probe, training=True))
+        found = [
+            re.escape(token.content)
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if not token.special and len(token.content.strip()) > 1 and token.content in written
+        ]
+        return re.compile(f"(?=(?:{'|'.join(found)}))" if found else "(?!)")
+
+    @cached_property
+    def _turn_ends(self) -> frozenset[int]:
+        """Ids that may end a turn: tokens of their own, not mere white space."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(i for i, token in added if token.special or token.content.strip()) | frozenset(
+            self.tokenizer.all_special_ids
+        )
 
     def _end_of_turn(self, span: Span) -> int:
         ids = self._span_ids(span)
-        if not ids or ids[0] not in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
+        if not ids or ids[0] not in self._turn_ends:
             raise PromptError(
                 f"the chat template writes {span.text!r} after an answer, which does not start with a special token, so "
                 "a model could not learn to stop; use template='plain'"
@@ -247,6 +280,11 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _after_answer(spans: list[Span]) -> Span:
+    """What the template writes at the end of a conversation that ends with an answer."""
+    return Span("template") if spans[-1].learned else spans[-1]
 
 
 def check_counts(num_placeholders: int, num_images: int) -> None:

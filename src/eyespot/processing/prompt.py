@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
@@ -50,9 +53,24 @@ class Span:
     ends_turn: bool = False
 
 
+class _Generation(Extension):
+    """transformers' ``{% generation %}`` marks what an assistant writes; labels come from spans here, so it does nothing.
+
+    Source: https://huggingface.co/docs/transformers/main/en/chat_templating_writing
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @lru_cache(maxsize=32)
 def _compiled(template: str) -> Any:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
     environment.globals["raise_exception"] = _raise
     return environment.from_string(template)
 
@@ -97,9 +115,12 @@ class _Marked:
         return {"role": role, "content": images + text, "images": images, "text": text}
 
     def render(self, template: str, upto: int, *, ask: bool, variables: Mapping[str, Any]) -> str:
-        text: str = _compiled(template).render(
-            messages=self.messages[:upto], add_generation_prompt=ask, **variables
-        )
+        try:
+            text: str = _compiled(template).render(
+                messages=self.messages[:upto], add_generation_prompt=ask, **variables
+            )
+        except TemplateError as error:
+            raise PromptError(f"the chat template cannot be rendered ({error}); mend it, or use template='plain'") from error
         return text
 
 
@@ -112,7 +133,11 @@ def prompt_spans(messages: Sequence[Message], template: str, variables: Mapping[
         variables: what the template may use besides the messages (bos_token, eos_token, ...).
     """
     marked = _Marked(messages)
-    return _cut(marked.render(template, len(messages), ask=True, variables=variables), marked, [])
+    rendered = marked.render(template, len(messages), ask=True, variables=variables)
+    prompts = _prompts(marked, template, variables)
+    # an earlier answer is cut out as in training, or its first token could differ
+    starts = [len(prompt) for prompt in prompts if _opens_answer(prompt, rendered)]
+    return _cut(rendered, marked, starts, learn=False)
 
 
 def training_spans(messages: Sequence[Message], template: str, variables: Mapping[str, Any]) -> list[Span]:
@@ -124,31 +149,50 @@ def training_spans(messages: Sequence[Message], template: str, variables: Mappin
     """
     marked = _Marked(messages)
     rendered = marked.render(template, len(messages), ask=False, variables=variables)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+    prompts = _prompts(marked, template, variables)
+    if not prompts:
         raise PromptError("the conversation has no assistant turn; there is nothing to learn")
-    starts = []
-    for i in answers:
-        prompt = marked.render(template, i, ask=True, variables=variables)
-        between = _MARK.split(rendered[len(prompt) :], maxsplit=1)[0]
-        if not rendered.startswith(prompt) or between.strip():
+    for prompt in prompts:
+        if not _opens_answer(prompt, rendered):
             raise PromptError(
                 "the chat template writes another text before an answer when it trains than when it asks "
                 f"(it asks with {prompt[-30:]!r}); give template_kwargs that make both equal, or template='plain'"
             )
-        starts.append(len(prompt))
-    return _cut(rendered, marked, starts)
+    return _cut(rendered, marked, [len(prompt) for prompt in prompts], learn=True)
 
 
-def _cut(rendered: str, marked: _Marked, answer_starts: list[int]) -> list[Span]:
+def _prompts(marked: _Marked, template: str, variables: Mapping[str, Any]) -> list[str]:
+    """What the template writes to ask for each assistant turn."""
+    answers = [i for i, message in enumerate(marked.messages) if message["role"] == "assistant"]
+    return [marked.render(template, i, ask=True, variables=variables) for i in answers]
+
+
+def _opens_answer(prompt: str, rendered: str) -> bool:
+    """Whether the whole text goes on after this prompt with the answer, but for white space."""
+    return rendered.startswith(prompt) and not _MARK.split(rendered[len(prompt) :], maxsplit=1)[0].strip()
+
+
+def _check_complete(rendered: str, marked: _Marked) -> None:
+    """Every part of the conversation stands in the text exactly once, and the pictures in their order."""
+    found = [int(mark.group(1)) for mark in _MARK.finditer(rendered)]
+    pictures = [i for i in found if i < len(marked.parts) and marked.parts[i][0]["type"] == "image"]
+    if sorted(found) != list(range(len(marked.parts))) or pictures != sorted(pictures):
+        raise PromptError(
+            f"the chat template writes {len(found)} parts of the {len(marked.parts)} in this conversation, or in another "
+            "order; it must write each text and each picture once, so use template='plain' or mend the template"
+        )
+
+
+def _cut(rendered: str, marked: _Marked, answer_starts: list[int], *, learn: bool) -> list[Span]:
+    _check_complete(rendered, marked)
     spans: list[Span] = []
     position, learned_before = 0, False
     for mark in _MARK.finditer(rendered):
         part, is_answer = marked.parts[int(mark.group(1))]
-        learned = is_answer and bool(answer_starts)
+        learned = is_answer and learn
         before = rendered[position : mark.start()]
         lead = ""
-        if learned and (start := next((s for s in answer_starts if position <= s <= mark.start()), None)) is not None:
+        if is_answer and (start := next((s for s in answer_starts if position <= s <= mark.start()), None)) is not None:
             before, lead = rendered[position:start], rendered[start : mark.start()]
         if before:
             spans.append(Span("template", before, ends_turn=learned_before))

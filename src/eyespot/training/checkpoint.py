@@ -53,13 +53,13 @@ class CheckpointWriter:
 
     Args:
         folder: of the run's checkpoints.
-        model: the model in training. settings: how its parts were built.
+        model: the model in training. settings: how its parts were built, and seed: of what is random in them.
         processor_folder: where the run saved its processor once; its files are linked, not copied.
     """
 
-    def __init__(self, folder: Path, model: VLM, settings: ModelSettings, processor_folder: Path) -> None:
+    def __init__(self, folder: Path, model: VLM, settings: ModelSettings, seed: int, processor_folder: Path) -> None:
         self.folder, self.model, self.processor_folder = folder, model, processor_folder
-        self.record = {"model": to_dict(settings), "frozen_sha256": frozen_hash(model)}
+        self.record = {"model": to_dict(settings), "seed": seed, "frozen_sha256": frozen_hash(model)}
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, trainer: Any) -> Path:

@@ -132,9 +132,6 @@ def train(
     folder = Path(settings.output_dir) / settings.name
     resume = prepare_folder(folder, settings, fresh)
     _quiet()
-    import lightning
-
-    lightning.seed_everything(settings.trainer.seed, verbose=False)
     train_samples, validation, report = load_data(settings.data, settings.trainer.seed)
     (folder / "data_report.txt").write_text(report.summary() + "\n", encoding="utf-8")
     console.print(f"data: {len(train_samples)} training and {len(validation)} validation samples")
@@ -222,9 +219,10 @@ def _fit(
 
     trainer_settings = settings.trainer
     device = choose_device(trainer_settings.device)
+    lightning.seed_everything(trainer_settings.seed, verbose=False)
     model, processor = build_from_settings(settings.model)
     if trainer_settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     row_length = settings.data.row_length if settings.data.packing else None
     collator = Collator(processor, trainer_settings.accumulate, settings.data.max_length, row_length)
     if resume is None:
@@ -251,7 +249,7 @@ def _fit(
         before_training(assistant)
         lightning.seed_everything(trainer_settings.seed, verbose=False)
     processor.save_pretrained(folder / "processor")
-    writer = CheckpointWriter(folder / "checkpoints", model, settings.model, folder / "processor")
+    writer = CheckpointWriter(folder / "checkpoints", model, settings.model, trainer_settings.seed, folder / "processor")
     reporter = Reporter(trainer_settings.log_every, console)
     checkpoints = Checkpoints(
         writer, trainer_settings.checkpoint_every, trainer_settings.keep_best, trainer_settings.patience

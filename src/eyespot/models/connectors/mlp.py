@@ -33,7 +33,9 @@ class MLPConnector(nn.Module):
             raise ValueError(f"mlp depth is {depth}; at least 1 linear layer is needed")
         if init not in ("xavier", "default"):
             raise ValueError(f"mlp init is {init!r}; choose xavier or default")
-        hidden = hidden_dim or 2 * language_dim
+        hidden = 2 * language_dim if hidden_dim is None else hidden_dim
+        if hidden < 1:
+            raise ValueError(f"mlp hidden_dim is {hidden}; at least 1 is needed")
         widths = [vision_dim, *[hidden] * (depth - 1), language_dim]
         layers: list[nn.Module] = []
         for i in range(depth):

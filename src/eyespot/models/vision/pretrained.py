@@ -78,7 +78,7 @@ def token_counts(config: PreTrainedConfig) -> tuple[int, int]:
         small.num_hidden_layers = 1
     size = image_size_of(config)
     with torch.device("meta"):
-        model = without_pooler(AutoModel.from_config(small))
+        model = without_pooler(AutoModel.from_config(small)).eval()
         pixels = torch.empty(1, getattr(config, "num_channels", 3), size, size, dtype=model.dtype)
         total = model(pixels).last_hidden_state.shape[1]
     prefix = 0
