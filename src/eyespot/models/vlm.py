@@ -345,8 +345,11 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     @torch.no_grad()
     def image_text_ratio(self, pixel_values: Tensor, input_ids: Tensor) -> float:
-        """Root mean square of the image embeddings over that of the text embeddings in one batch."""
-        text = self.embed_text(input_ids)[~placeholder_mask(input_ids, self.config.image_token_id)]
+        """Root mean square of the image embeddings over that of the text embeddings.
+
+        pixel_values float [N, 3, H, W]; input_ids int64 of any shape, without padding.
+        """
+        text = self.embed_text(input_ids[~placeholder_mask(input_ids, self.config.image_token_id)])
         image = self.embed_images(pixel_values)
         return float(image.float().pow(2).mean().sqrt() / text.float().pow(2).mean().sqrt())
 

@@ -57,19 +57,37 @@ def compose_settings(overrides: Sequence[str]) -> TrainSettings:
         ConfigError: unknown recipe, group, key or value.
     """
     from hydra import compose, initialize_config_module
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     if not any(o.lstrip("+").startswith("recipe=") for o in overrides):
         raise ConfigError("no recipe was given; add recipe=NAME with one of: " + ", ".join(choices("recipe")))
+    groups, values = [], []
+    for override in overrides:
+        key, equals, name = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} has no value; write key=value")
+        if key in (*GROUPS, "recipe"):
+            if name not in (names := choices(key)):
+                raise ConfigError(f"unknown {key} {name!r}{closest(name, names)} Choices: {', '.join(names)}")
+            groups.append(override)
+        else:
+            values.append(override)
     try:
         with initialize_config_module("eyespot.configs", version_base="1.3"):
-            composed = compose("train", overrides=[_as_hydra(o) for o in overrides])
-        values = OmegaConf.to_container(composed, resolve=True)
+            composed = compose("train", overrides=groups)
+        OmegaConf.set_struct(composed, False)
+        parser = OverridesParser.create()
+        for override in values:
+            # which keys exist is said by the typed settings below; a mapping replaces what was there
+            parsed = parser.parse_override(override)
+            OmegaConf.update(composed, parsed.key_or_group, parsed.value(), merge=False, force_add=True)
+        composed_values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
-    settings = from_dict(TrainSettings, values)  # type: ignore[arg-type]
+    settings = from_dict(TrainSettings, composed_values)  # type: ignore[arg-type]
     check_settings(settings)
     return settings  # type: ignore[no-any-return]
 
@@ -80,21 +98,6 @@ def choices(group: str) -> list[str]:
 
 
 GROUPS = ("vision", "connector", "language", "data", "trainer", "logger")
-
-
-def _as_hydra(override: str) -> str:
-    """Part groups live inside a recipe, so that ``vision=NAME`` means Hydra's ``vision@recipe...=NAME``; other keys may
-    be new to the YAML files: the typed settings, not the files, say which keys exist."""
-    key, equals, name = override.partition("=")
-    if not equals:
-        raise ConfigError(f"override {override!r} has no value; write key=value")
-    if key in (*GROUPS, "recipe"):
-        if name not in (names := choices(key)):
-            raise ConfigError(f"unknown {key} {name!r}{closest(name, names)} Choices: {', '.join(names)}")
-        return override
-    if key[0] in "+~":
-        return override
-    return f"++{override}"
 
 
 def _one_line(error: Exception) -> str:
@@ -222,7 +225,8 @@ def _fit(
     lightning.seed_everything(trainer_settings.seed, verbose=False)
     model, processor = build_from_settings(settings.model)
     if trainer_settings.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        # transformers 5.23 renamed it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     row_length = settings.data.row_length if settings.data.packing else None
     collator = Collator(processor, trainer_settings.accumulate, settings.data.max_length, row_length)
     if resume is None:
@@ -298,8 +302,10 @@ def calibrate(model: Any, batches: list[dict[str, torch.Tensor]], console: Conso
     batch = next((b for b in batches if "pixel_values" in b), None)
     if batch is None:
         return
-    before = model.calibrate(batch["pixel_values"], batch["input_ids"])
-    after = model.image_text_ratio(batch["pixel_values"], batch["input_ids"])
+    real = batch["documents"] >= 0 if "documents" in batch else batch["attention_mask"] == 1
+    pixels, words = batch["pixel_values"].to(model.device), batch["input_ids"][real].to(model.device)
+    before = model.calibrate(pixels, words)
+    after = model.image_text_ratio(pixels, words)
     console.print(f"size of image to text embeddings (RMS): {before:.3g} before, {after:.3g} after scaling")
     if not 0.5 <= after <= 2 or not math.isfinite(after):
         raise ConfigError(f"image embeddings are {after:.3g} times the size of text embeddings; check the vision encoder")
