@@ -47,6 +47,7 @@ from transformers import (
 )
 
 from eyespot.models.language.gpt import build_gpt
+from eyespot.models.loss import IGNORE_INDEX
 from eyespot.models.vision.pretrained import without_pooler
 from eyespot.models.vision.vit import build_vit
 from eyespot.models.vlm import VLM, VLMConfig
@@ -229,6 +230,21 @@ def collate(rows: Sequence[Row], side: str = "right", pad_id: int = 0) -> dict[s
     batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
     pixels = torch.cat([row.pixels for row in rows])
     return {**batch, "pixel_values": pixels} if len(pixels) else batch
+
+
+LAYOUTS = ("ttitttttttt", "ttt", "titttit", "tttttttt")
+NUM_LABELLED = (8, 1, 2, 5)  # last tokens of each row; very unequal
+
+
+def training_batch(indices: Sequence[int] = (0, 1, 2, 3), side: str = "right") -> dict[str, Any]:
+    """Some of four rows with labels, as the model's forward takes them."""
+    rows = [make_row(LAYOUTS[i], i) for i in indices]
+    batch = collate(rows, side)
+    labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+    for place, i in enumerate(indices):
+        real = batch["attention_mask"][place].nonzero().flatten()[-NUM_LABELLED[i] :]
+        labels[place, real] = batch["input_ids"][place, real].clamp(max=60)
+    return {**batch, "labels": labels}
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -231,6 +231,7 @@ def check_head(model: VLM) -> None:
 
 # --- checkpoints of a run ----------------------------------------------------------------------------------------
 
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 CHECKPOINT_FILE = "checkpoint.json"
 TRAINED_FILE = "trained.safetensors"
 
@@ -308,6 +309,9 @@ def load_parts(folder: str | Path, dtype: str | torch.dtype = "auto") -> tuple[V
     path = Path(folder)
     if (path / CHECKPOINT_FILE).is_file():
         return load_checkpoint(path)
+    if path.is_file():
+        what = "a pickle can run any code when it is loaded" if path.suffix in PICKLES else "a single file is no model"
+        raise ValueError(f"{str(folder)!r}: {what}; give a folder with config.json and model.safetensors")
     config_file = path / "config.json"
     if path.exists() and not config_file.is_file():
         raise ValueError(f"{str(folder)!r} has no config.json; give the folder that training wrote (…/model)")

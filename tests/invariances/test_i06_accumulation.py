@@ -7,25 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import LANGUAGES, close, collate, make_row, make_vlm
+from tiny import LANGUAGES, NUM_LABELLED, close, make_vlm, training_batch
 from torch import Tensor
 
 from eyespot.models.loss import IGNORE_INDEX, causal_loss
 from eyespot.models.vlm import VLM
-
-LAYOUTS = ("ttitttttttt", "ttt", "titttit", "tttttttt")
-NUM_LABELLED = (8, 1, 2, 5)  # last tokens of each row; very unequal
-
-
-def training_batch(indices: list[int], side: str = "right") -> dict[str, Any]:
-    rows = [make_row(LAYOUTS[i], i) for i in indices]
-    batch = collate(rows, side)
-    labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
-    for place, i in enumerate(indices):
-        real = batch["attention_mask"][place].nonzero().flatten()[-NUM_LABELLED[i] :]
-        labels[place, real] = batch["input_ids"][place, real].clamp(max=60)
-    return {**batch, "labels": labels}
-
 
 def gradients(model: VLM, batches: list[dict[str, Any]], num_items: int | None) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()

@@ -2,14 +2,227 @@
 
 from __future__ import annotations
 
-import math
+import re
 from typing import Any
 
 import pytest
 import torch
-from test_i06_helpers import training_batch
-from tiny import LANGUAGES, close, make_vlm
+from tiny import LANGUAGES, close, collate, language_model, make_rows, make_vlm, training_batch, vision_encoder
 from torch import Tensor, nn
 
 from eyespot.models.lora import add_lora, linear_layers
 from eyespot.models.vlm import VLM
+
+LORA = {"r": 4, "alpha": 8, "targets": "all"}
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "connector only": ({}, {"vision": "frozen", "connector": "full", "language": "frozen"}),
+    "language": ({}, {"vision": "frozen", "connector": "full", "language": "full"}),
+    "encoder": ({}, {"vision": "full", "connector": "frozen", "language": "frozen"}),
+    "everything": ({}, {"vision": "full", "connector": "full", "language": "full"}),
+    "adapters": ({"language": LORA}, {"vision": "frozen", "connector": "full", "language": "lora"}),
+    "adapters alone": ({"language": LORA}, {"vision": "frozen", "connector": "frozen", "language": "lora"}),
+    "adapters in both": (
+        {"language": LORA, "vision": LORA | {"targets": "attention"}},
+        {"vision": "lora", "connector": "full", "language": "lora"},
+    ),
+    "an adapter that waits": ({"language": LORA}, {"vision": "frozen", "connector": "full", "language": "frozen"}),
+}
+
+
+def wake(model: VLM) -> None:
+    """Adapters start with B = 0, where A has no gradient; move B away from zero."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def step(model: VLM) -> None:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.0)
+    model.train()
+    model(**training_batch()).loss.backward()
+    optimizer.step()
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("language", ["gpt", "llama", "gemma3"])
+@pytest.mark.parametrize("name", list(MODES))
+def test_one_step_moves_what_trains_and_nothing_else(name: str, language: str) -> None:
+    lora, modes = MODES[name]
+    model = make_vlm(language, lora=lora)
+    wake(model)
+    model.set_trainable(**modes)
+    before = snapshot(model)
+    step(model)
+    after = model.state_dict()
+    for key, parameter in model.named_parameters():
+        same = torch.equal(after[key].view(torch.uint8), before[key].view(torch.uint8))
+        # the keys' bias adds the same number to every score of a query, so softmax does not see it
+        blind = key.endswith("k_proj.bias")
+        assert same is not parameter.requires_grad or blind, key
+        assert parameter.requires_grad is expected(modes[key.partition(".")[0]], key), key
+    for key, value in model.named_buffers():
+        assert key not in before or torch.equal(value, before[key]), key
+
+
+def expected(mode: str, key: str) -> bool:
+    return mode == "full" or mode == "lora" and "lora_" in key
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    model = make_vlm("llama")
+    model.set_trainable(vision="frozen", connector="full", language="frozen")
+    model(**training_batch()).loss.backward()
+    with_gradient = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"connector"}
+
+
+def test_no_graph_is_kept_of_a_frozen_encoder() -> None:
+    model = make_vlm("llama")
+    pixels = training_batch()["pixel_values"]
+    assert model.encode_images(pixels).requires_grad
+    model.set_trainable(vision="frozen")
+    assert not model.encode_images(pixels).requires_grad
+    assert model.embed_images(pixels).requires_grad
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", list(LANGUAGES))
+def test_new_adapters_change_nothing(language: str) -> None:
+    targets = "all-linear" if language == "gpt2" else "attention"
+    plain, adapted = make_vlm(language), make_vlm(language, lora={"language": LORA | {"targets": targets}})
+    with torch.no_grad():
+        batch = collate(make_rows())
+        assert torch.equal(adapted(**batch).logits, plain(**batch).logits)
+        wake(adapted)
+        assert not torch.allclose(adapted(**batch).logits, plain(**batch).logits, atol=1e-2)
+
+
+def test_an_adapter_is_alpha_over_r_times_b_times_a() -> None:
+    """arXiv 2106.09685, section 4.1: W x + (alpha / r) B A x."""
+    model = language_model("llama")
+    add_lora(model, {"r": 4, "alpha": 12, "targets": ["q_proj"]})
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.data.normal_()
+    x = torch.randn(3, 32)
+    delta = x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T
+    close(layer(x), x @ layer.base_layer.weight.T + 3.0 * delta)
+
+
+def test_adapters_are_float32_also_in_a_bfloat16_model() -> None:
+    model = language_model("llama").to(torch.bfloat16)
+    add_lora(model, LORA)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("all", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (["v_proj"], {"v_proj"}),
+    ],
+)
+def test_targets(targets: Any, found: set[str]) -> None:
+    model = language_model("llama")
+    add_lora(model, {"r": 2, "targets": targets})
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_" in name}
+    assert adapted == found
+
+
+def test_all_linear_knows_gpt2_and_leaves_the_head() -> None:
+    assert linear_layers(language_model("gpt2")) == ["c_attn", "c_fc", "c_proj"]
+    assert "lm_head" not in linear_layers(language_model("gpt"))
+    assert linear_layers(vision_encoder("clip")) == ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rank": 4}, "unknown LoRA setting 'rank'; settings: r, alpha, dropout, targets, bias"),
+        ({"targets": "attn"}, "lora.targets is 'attn'; choose attention, all, all-linear or a list of layer names"),
+        ({"targets": ["qkv"]}, "no layer of LlamaForCausalLM is named qkv; set lora.targets to some of: down_proj, "),
+        ({"targets": ["q_proj", "qkv"]}, "no layer of LlamaForCausalLM is named qkv"),
+        ({"r": 0}, "`r` should be a positive integer"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
+    model = language_model("llama")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        add_lora(model, settings)
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+def test_a_group_without_any_layer_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no layer of GPT2LMHeadModel is named q_proj"):
+        add_lora(language_model("gpt2"), {"targets": "attention"})
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_biases_train_as_set(bias: str) -> None:
+    model = make_vlm("gpt", lora={"language": {"r": 2, "targets": ["q_proj", "v_proj"], "bias": bias}})
+    model.set_trainable(vision="frozen", connector="frozen", language="lora")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    biases = {name for name, _ in model.language.named_parameters(prefix="language") if name.endswith("bias")}
+    of_adapted = {name for name in biases if "q_proj" in name or "v_proj" in name}
+    assert len(of_adapted) == 4 < len(biases)
+    assert trainable == {"none": set(), "lora_only": of_adapted, "all": biases}[bias]
+
+
+# --- modes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("modes", "words"),
+    [
+        ({"visoin": "full"}, "visoin='full' is not a part and a mode"),
+        ({"vision": "half"}, "vision='half' is not a part and a mode"),
+        ({"vision": True}, "vision=True is not a part and a mode"),
+        ({"language": "lora"}, "language has no adapter; compose the model with language.lora set"),
+        ({"connector": "lora"}, "connector has no adapter"),
+    ],
+)
+def test_wrong_modes(modes: dict[str, Any], words: str) -> None:
+    model = make_vlm("llama", lora={"vision": LORA | {"targets": "attention"}})
+    with pytest.raises(ValueError, match=re.escape(words)):
+        model.set_trainable(**modes)
+
+
+def test_parts_that_are_not_named_stay_as_they_are() -> None:
+    model = make_vlm("llama")
+    model.set_trainable(vision="frozen")
+    model.set_trainable(connector="frozen")
+    assert not any(p.requires_grad for p in (*model.vision.parameters(), *model.connector.parameters()))
+    assert all(p.requires_grad for p in model.language.parameters())
+
+
+def test_frozen_parts_stay_in_evaluation_mode() -> None:
+    model = make_vlm("gpt", connector={"name": "mlp", "dropout": 0.5})
+    model.set_trainable(vision="frozen", connector="full", language="frozen")
+    model.train()
+    assert model.training and model.connector.training
+    assert not any(module.training for module in (*model.vision.modules(), *model.language.modules()))
+    model.set_trainable(vision="full")
+    model.train()
+    assert all(module.training for module in model.vision.modules())
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_frozen_encoder_with_dropout_gives_the_same_features_while_training() -> None:
+    model = make_vlm("llama", "hf_vit")
+    for module in model.vision.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model.set_trainable(vision="frozen")
+    pixels = training_batch()["pixel_values"]
+    expected_features = model.eval().encode_images(pixels)
+    assert torch.equal(model.train().encode_images(pixels), expected_features)

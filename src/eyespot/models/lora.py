@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,33 +22,60 @@ def add_lora(module: nn.Module, settings: Mapping[str, Any]) -> None:
             (with gate, up, down), "all-linear" (every linear layer but the head) or a list of layer names.
 
     Raises:
-        ValueError: unknown setting, or no layer of the module has one of the target names.
+        ValueError: unknown setting or group of targets, or a name that no layer of the module has.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise ValueError(f"unknown LoRA setting {unknown[0]!r}; settings: {', '.join(SETTINGS)}")
-    targets = settings.get("targets", "attention")
-    layers = NAMED_TARGETS.get(targets, targets) if isinstance(targets, str) else targets
-    if layers == "all-linear":
-        layers = linear_layers(module)
+    layers = target_layers(module, settings.get("targets", "attention"))
     config = LoraConfig(
         r=settings.get("r", 64),
         lora_alpha=settings.get("alpha", 128),
         lora_dropout=settings.get("dropout", 0.0),
         bias=settings.get("bias", "none"),
-        target_modules=list(layers),
+        target_modules=layers,
+        fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in module.modules()),
     )
-    names = {name.rpartition(".")[2] for name, _ in module.named_modules()}
-    if not names & {str(layer).rpartition(".")[2] for layer in layers}:
-        raise ValueError(
-            f"no layer of {type(module).__name__} is named {', '.join(map(str, layers))}; "
-            f"set lora.targets to some of: {', '.join(sorted(linear_layers(module)))}"
-        )
     inject_adapter_in_model(config, module)
+    for name, child in module.named_modules():
+        if "lora_" in name:
+            # transformers would draw B anew together with the whole model, but a new adapter must change nothing
+            child._is_hf_initialized = True  # type: ignore[assignment]
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # bfloat16 masters would round small optimizer steps to zero
+
+
+def target_layers(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Names of the layers that get an adapter: of a named group those that the module has, of a list every one.
+
+    Raises:
+        ValueError: unknown group, or a name that no layer of the module has.
+    """
+    if isinstance(targets, str) and targets not in (*NAMED_TARGETS, "all-linear"):
+        choices = ", ".join((*NAMED_TARGETS, "all-linear"))
+        raise ValueError(f"lora.targets is {targets!r}; choose {choices} or a list of layer names")
+    if targets == "all-linear":
+        return linear_layers(module)
+    wanted = NAMED_TARGETS[targets] if isinstance(targets, str) else targets
+    names = {name.rpartition(".")[2] for name, _ in module.named_modules()}
+    missing = [layer for layer in wanted if str(layer).rpartition(".")[2] not in names]
+    if not isinstance(targets, str) and missing or len(missing) == len(wanted):
+        raise ValueError(
+            f"no layer of {type(module).__name__} is named {', '.join(map(str, missing))}; "
+            f"set lora.targets to some of: {', '.join(linear_layers(module))}"
+        )
+    return [layer for layer in wanted if layer not in missing]
+
+
+def is_adapter(name: str, bias: str) -> bool:
+    """Whether a parameter trains together with the adapters.
+
+    Args:
+        name: of the parameter. bias: "none", "lora_only" (biases of the adapted layers) or "all".
+    """
+    return "lora_" in name or name.endswith("bias") and (bias == "all" or bias == "lora_only" and "base_layer" in name)
 
 
 def linear_layers(module: nn.Module) -> list[str]:

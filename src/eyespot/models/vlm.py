@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from eyespot.models.attention import attention_argument
 from eyespot.models.language import gpt as _gpt  # noqa: F401  registers our language model with transformers
-from eyespot.models.lora import add_lora
+from eyespot.models.lora import add_lora, is_adapter
 from eyespot.models.loss import causal_loss, head_logits
 from eyespot.models.merge import merge, padding_to_the_left, placeholder_mask, positions_from_mask
 from eyespot.models.vision.pretrained import vision_from_config
@@ -331,8 +331,9 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 raise ValueError(f"{part}={mode!r} is not a part and a mode; parts: {PARTS}, modes: frozen, full, lora")
             if mode == "lora" and part not in (self.config.lora or {}):
                 raise ValueError(f"{part} has no adapter; compose the model with {part}.lora set, or train it in full")
+            bias = (self.config.lora or {}).get(part, {}).get("bias", "none")
             for name, parameter in getattr(self, part).named_parameters():
-                parameter.requires_grad_("lora_" in name if mode == "lora" else mode == "full")
+                parameter.requires_grad_(is_adapter(name, bias) if mode == "lora" else mode == "full")
 
     def train(self, mode: bool = True) -> VLM:
         """Training mode for the parts that learn; a part without a trainable parameter stays in evaluation mode."""

@@ -28,6 +28,7 @@ from eyespot.registry import closest
 
 BeforeTraining = Callable[[Assistant], None]
 RECORD_FILE = "training.json"
+SETTINGS_FILE = "settings.json"
 
 
 @dataclass
@@ -81,8 +82,11 @@ def compose_settings(overrides: Sequence[str]) -> TrainSettings:
         OmegaConf.set_struct(composed, False)
         parser = OverridesParser.create()
         for override in values:
+            try:
+                parsed = parser.parse_override(override)
+            except HydraException as error:
+                raise ConfigError(f"override {override!r} cannot be read: {_one_line(error)}") from error
             # which keys exist is said by the typed settings below; a mapping replaces what was there
-            parsed = parser.parse_override(override)
             OmegaConf.update(composed, parsed.key_or_group, parsed.value(), merge=False, force_add=True)
         composed_values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -133,9 +137,13 @@ def train(
     settings = replace(settings, model=with_dtypes(settings.model, device))
     console = console or Console(stderr=True)
     folder = Path(settings.output_dir) / settings.name
-    resume = prepare_folder(folder, settings, fresh)
+    resume = None if fresh else find_resume(folder, settings)
     _quiet()
     train_samples, validation, report = load_data(settings.data, settings.trainer.seed)
+    if resume is None and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / SETTINGS_FILE, to_dict(settings))
     (folder / "data_report.txt").write_text(report.summary() + "\n", encoding="utf-8")
     console.print(f"data: {len(train_samples)} training and {len(validation)} validation samples")
     if report.rejected:
@@ -143,27 +151,25 @@ def train(
     return _fit(settings, folder, resume, train_samples, validation, before_training, console)
 
 
-def prepare_folder(folder: Path, settings: TrainSettings, fresh: bool) -> Path | None:
-    """Make the run's folder, or find the checkpoint to go on from.
+def find_resume(folder: Path, settings: TrainSettings) -> Path | None:
+    """The checkpoint from which an interrupted run of these settings goes on, if there is one.
 
     Raises:
-        ConfigError: the folder holds a finished run, or one with other settings.
+        ConfigError: the folder holds a finished run, one with other settings, or something else.
     """
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
-    record = folder / "settings.json"
-    values = to_dict(settings)
-    if record.is_file():
-        if (folder / "model").is_dir():
-            raise ConfigError(f"{str(folder)!r} holds a finished run; choose another name=..., or add --fresh to replace it")
-        if (earlier := json.loads(record.read_text())) != json.loads(json.dumps(values)):
-            key = _first_difference(earlier, json.loads(json.dumps(values)))
-            raise ConfigError(
-                f"{str(folder)!r} holds an interrupted run with another {key}; use its settings to go on, another "
-                "name=..., or --fresh to start over"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(record, values)
+    record = folder / SETTINGS_FILE
+    if not record.is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{str(folder)!r} is not empty and holds no run; choose another name=... or output_dir=...")
+        return None
+    if (folder / "model").is_dir():
+        raise ConfigError(f"{str(folder)!r} holds a finished run; choose another name=..., or add --fresh to replace it")
+    earlier, now = json.loads(record.read_text()), json.loads(json.dumps(to_dict(settings)))
+    if earlier != now:
+        raise ConfigError(
+            f"{str(folder)!r} holds an interrupted run with another {_first_difference(earlier, now)}; use its settings "
+            "to go on, another name=..., or --fresh to start over"
+        )
     checkpoints = sorted(p for p in (folder / "checkpoints").glob("step-*") if (p / "resume.ckpt").is_file())
     return checkpoints[-1] if checkpoints else None
 
