@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import IMAGE_SIZE, LANGUAGES, make_vlm, save_language, vision_encoder, write_gguf
 from transformers import CLIPImageProcessorPil
 
 from eyespot.models.vlm import VLM
+from tiny import IMAGE_SIZE, LANGUAGES, make_vlm, save_language, vision_encoder, write_gguf
 
 
 @pytest.fixture(scope="session", params=list(LANGUAGES))

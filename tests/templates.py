@@ -94,7 +94,10 @@ def make_tokenizer(kind: Kind, own: tuple[str, ...] = (), special: bool = True) 
 def _trained(kind: Kind) -> PreTrainedTokenizerFast:
     specials = ["<pad>", "<bos>", "<eos>", "<unk>"]
     if kind == "bpe":
-        letters, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), [("Ġ", "t"), ("Ġ", "T"), ("h", "e"), ("r", "e"), ("Ċ", "Ċ")]
+        letters, merges = (
+            sorted(pre_tokenizers.ByteLevel.alphabet()),
+            [("Ġ", "t"), ("Ġ", "T"), ("h", "e"), ("r", "e"), ("Ċ", "Ċ")],
+        )
         tokenizer = Tokenizer(BPE(vocab=_vocabulary(specials + letters, merges), merges=merges))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()

@@ -94,7 +94,12 @@ def test_caption_is_batched_and_resumable(model: str, tmp_path: Path, capsys: py
     assert main(command) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["image"] for row in rows] == ["a.png", "b.jpg", "broken.png", "sub/c.png"]
-    assert [("caption" in row, "error" in row) for row in rows] == [(True, False), (True, False), (False, True), (True, False)]
+    assert [("caption" in row, "error" in row) for row in rows] == [
+        (True, False),
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
     whole = out.read_text()
     # interrupted in the middle of the third line: the first two are kept, the rest is made again
     out.write_text("".join(line + "\n" for line in whole.splitlines()[:2]) + '{"image": "bro')
@@ -130,7 +135,11 @@ def test_inspect_data_marks_what_is_learned(tmp_path: Path, capsys: pytest.Captu
 def test_inspect_batch_and_model_give_shapes(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "batch", "recipe=smoke", "-n", "2"]) == 0
     batch = capsys.readouterr().out
-    for line in ("pixel_values       [2, 3, 32, 32] float32", "image features     [2, 16, 32]", "image embeddings   [2, 16, 32]"):
+    for line in (
+        "pixel_values       [2, 3, 32, 32] float32",
+        "image features     [2, 16, 32]",
+        "image embeddings   [2, 16, 32]",
+    ):
         assert line in batch
     assert main(["inspect", "model", model]) == 0
     shown = capsys.readouterr().out

@@ -148,7 +148,12 @@ def test_settings_do_not_share_what_was_given() -> None:
 @pytest.mark.parametrize(
     ("registry", "name", "arguments", "words"),
     [
-        (VISION, "vit", {"image_sze": 3}, "vision encoder 'vit' takes no argument 'image_sze'; did you mean 'image_size'?"),
+        (
+            VISION,
+            "vit",
+            {"image_sze": 3},
+            "vision encoder 'vit' takes no argument 'image_sze'; did you mean 'image_size'?",
+        ),
         (VISION, "vit", {"image_size": "3"}, "m.args.image_size is '3' (str); it needs int"),
         (VISION, "vit", {"use_cls_token": 1}, "m.args.use_cls_token is 1 (int); it needs bool"),
         (VISION, "vit", {"image_mean": 0.5}, "m.args.image_mean is 0.5"),
@@ -160,9 +165,7 @@ def test_settings_do_not_share_what_was_given() -> None:
         (LANGUAGES, "gpt", {"layers": 3}, "language model 'gpt' takes no argument 'layers'"),
     ],
 )
-def test_arguments_are_those_of_the_part(
-    registry: Registry, name: str, arguments: dict[str, Any], words: str
-) -> None:
+def test_arguments_are_those_of_the_part(registry: Registry, name: str, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         check_arguments(registry, name, arguments, "m", ("vision_dim", "language_dim"))
 
@@ -182,7 +185,11 @@ def model(path: str, value: Any) -> ModelSettings:
     ("path", "value", "words"),
     [
         ("vision", {"name": "vit", "train": "full", "dtype": "bfloat16"}, "set model.vision.dtype=float32"),
-        ("language", {"name": "gpt", "lora": {"r": 2}}, "model.language.lora is set but model.language.train is 'frozen'"),
+        (
+            "language",
+            {"name": "gpt", "lora": {"r": 2}},
+            "model.language.lora is set but model.language.train is 'frozen'",
+        ),
         ("connector", {"name": "mlp", "args": {"depht": 2}}, "takes no argument 'depht'; did you mean 'depth'?"),
         ("language", {"name": "gpt", "args": {"vocab_size": 5}}, "takes no argument 'vocab_size'"),
     ],

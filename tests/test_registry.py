@@ -36,7 +36,9 @@ def test_a_name_is_taken_once() -> None:
 
 def test_unknown_names_list_the_choices() -> None:
     registry = Registry("thing", {"linear": make, "mlp": make})
-    with pytest.raises(ValueError, match=re.escape("unknown thing 'liner'; did you mean 'linear'? (choices: linear, mlp)")):
+    with pytest.raises(
+        ValueError, match=re.escape("unknown thing 'liner'; did you mean 'linear'? (choices: linear, mlp)")
+    ):
         registry["liner"]
     with pytest.raises(ValueError, match=re.escape("unknown thing 'zzz' (choices: linear, mlp)")):
         registry["zzz"]

@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("evaluate", help="score a model beside its blind and shuffled-picture controls")
     evaluate.add_argument("model", help="model folder")
-    evaluate.add_argument("data", nargs="*", metavar="key=value", help="format=NAME and its options; default: the test set of the run")
+    evaluate.add_argument(
+        "data", nargs="*", metavar="key=value", help="format=NAME and its options; default: the test set of the run"
+    )
     evaluate.add_argument("--out", metavar="FOLDER", help="where report.json, predictions.jsonl and report.html go")
     evaluate.add_argument("--limit", type=int, help="a random choice of so many questions")
     evaluate.add_argument("--batch-size", type=int, default=64)
@@ -58,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = verbs.add_parser("inspect", help="look at data, a batch or a model before training")
     inspect.add_argument("what", choices=["data", "batch", "model"])
-    inspect.add_argument("target", nargs="+", metavar="MODEL or key=value", help="model folder, or recipe=NAME and settings")
+    inspect.add_argument(
+        "target", nargs="+", metavar="MODEL or key=value", help="model folder, or recipe=NAME and settings"
+    )
     inspect.add_argument("-n", type=int, default=6, help="number of samples")
     inspect.add_argument("--out", metavar="FILE", help="also write a picture (PNG) of what is shown")
     return top
@@ -146,7 +150,14 @@ def print_evaluation(evaluation: Any, before: Any = None) -> None:
         for name in ("picture", "question", "truth", "before", "after", "blind"):
             table.add_column(name)
         for p in (p for p in evaluation.predictions if p.id in earlier):
-            cells = [p.group, p.question, p.answers[0], earlier[p.id].prediction, p.prediction, p.blind_prediction or ""]
+            cells = [
+                p.group,
+                p.question,
+                p.answers[0],
+                earlier[p.id].prediction,
+                p.prediction,
+                p.blind_prediction or "",
+            ]
             table.add_row(*(cell.replace("[", "\\[").replace("\n", " ")[:48] for cell in cells))
         console.print(table)
     low, high = evaluation.interval

@@ -150,7 +150,7 @@ def _load_language(settings: LanguageSettings) -> tuple[Any, PreTrainedTokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """"byte", "char:LETTERS", or the name or folder of any tokenizer of transformers."""
+    """ "byte", "char:LETTERS", or the name or folder of any tokenizer of transformers."""
     if name == "byte":
         return byte_tokenizer()
     if name.startswith("char:"):

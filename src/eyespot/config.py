@@ -183,7 +183,9 @@ def from_dict(cls: type[Any], values: Mapping[str, Any], where: str = "") -> Any
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            raise ConfigError(f"unknown key {_join(where, key)!r}{closest(str(key), _names(cls))} (keys: {', '.join(_names(cls))})")
+            raise ConfigError(
+                f"unknown key {_join(where, key)!r}{closest(str(key), _names(cls))} (keys: {', '.join(_names(cls))})"
+            )
     missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
     if missing:
         raise ConfigError(f"{_join(where, missing[0])!r} is missing; every {where or 'run'} needs it")
@@ -198,7 +200,9 @@ def check_value(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _check_union(value, arguments, where)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool) != any(value is a for a in arguments if isinstance(a, bool)):
+        if value not in arguments or isinstance(value, bool) != any(
+            value is a for a in arguments if isinstance(a, bool)
+        ):
             raise ConfigError(f"{where} is {value!r}; choose one of: {', '.join(map(str, arguments))}")
         return value
     if dataclasses.is_dataclass(hint):
@@ -229,7 +233,9 @@ def _check_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
     raise errors[-1] if len(errors) == 1 else ConfigError(f"{where} is {value!r}; it needs one of: {choices}")
 
 
-def check_arguments(registry: Registry, name: str, arguments: Mapping[str, Any], where: str, given: tuple[str, ...] = ()) -> None:
+def check_arguments(
+    registry: Registry, name: str, arguments: Mapping[str, Any], where: str, given: tuple[str, ...] = ()
+) -> None:
     """Compare arguments with the signature of a registered part.
 
     Args:
@@ -244,9 +250,7 @@ def check_arguments(registry: Registry, name: str, arguments: Mapping[str, Any],
         raise ConfigError(f"{where}.name: {error}") from error
     target: Callable[..., Any] = factory.__init__ if inspect.isclass(factory) else factory  # type: ignore[misc]
     hints = typing.get_type_hints(target)
-    parameters = {
-        key: p for key, p in inspect.signature(target).parameters.items() if key not in ("self", *given)
-    }
+    parameters = {key: p for key, p in inspect.signature(target).parameters.items() if key not in ("self", *given)}
     for key, value in arguments.items():
         if key not in parameters:
             names = list(parameters)
@@ -277,7 +281,9 @@ def check_model(settings: ModelSettings) -> None:
         if part.train == "lora" and part.lora is None:
             part.lora = LoraSettings()
         if part.train != "lora" and part.lora is not None:
-            raise ConfigError(f"model.{name}.lora is set but model.{name}.train is {part.train!r}; set it to lora or drop lora")
+            raise ConfigError(
+                f"model.{name}.lora is set but model.{name}.train is {part.train!r}; set it to lora or drop lora"
+            )
 
 
 def check_settings(settings: TrainSettings) -> None:

@@ -103,7 +103,10 @@ def show_model(target: Sequence[str], out: Path | None) -> None:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": "gray"},
     ]
-    batch: dict[str, Tensor] = {**processor.pad([processor.encode_conversation(messages)], "right"), "pixel_values": size}
+    batch: dict[str, Tensor] = {
+        **processor.pad([processor.encode_conversation(messages)], "right"),
+        "pixel_values": size,
+    }
     for name, shape in [("pixel_values", _shape(size)), *stages(model, batch)]:
         console.print(f"{name:18} {shape}", markup=False)
     console.print(f"prompt: {processor.apply_chat_template(messages[:1], add_generation_prompt=True)!r}", markup=False)
@@ -151,7 +154,9 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 4, size: int = 240) 
             scale = size / max(picture.size)
             picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
             sheet.paste(picture, (left, top))
-        words = [part["text"] for message in sample.messages[-2:] for part in message["content"] if part["type"] == "text"]
+        words = [
+            part["text"] for message in sample.messages[-2:] for part in message["content"] if part["type"] == "text"
+        ]
         lines = [line for text in words for line in textwrap.wrap(text, 32)][:4]
         draw.multiline_text((left, top + size + 6), "\n".join(lines), fill="black", font=font)
     return sheet

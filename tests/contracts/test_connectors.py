@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import NUM_PATCHES, WIDTH, close, collate, make_rows, make_vlm
 from torch import Tensor, nn
 
 from eyespot.models.connectors.linear import LinearConnector
@@ -16,6 +15,7 @@ from eyespot.models.connectors.mlp import MLPConnector
 from eyespot.models.connectors.pixel_shuffle import PixelShuffleConnector
 from eyespot.models.vlm import VLM, build_connector
 from eyespot.registry import CONNECTORS
+from tiny import NUM_PATCHES, WIDTH, close, collate, make_rows, make_vlm
 
 VISION_DIM = 24
 PATCHES = 16

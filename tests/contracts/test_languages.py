@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import close, write_gguf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +15,7 @@ from eyespot.config import LanguageSettings
 from eyespot.models.language.gguf import load_gguf
 from eyespot.models.loss import causal_loss, head_logits
 from eyespot.registry import LANGUAGES
+from tiny import close, write_gguf
 
 # settings of each language model, small; folders and files come from fixtures
 SETTINGS: dict[str, list[dict[str, Any]]] = {

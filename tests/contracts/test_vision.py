@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import close
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from eyespot.models.vision.pretrained import image_size_of, token_counts, vision_from_config
 from eyespot.registry import VISION
+from tiny import close
 
 # arguments of each encoder, small; "pretrained" reads a folder that a fixture writes
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {

@@ -112,7 +112,9 @@ def test_a_sliding_window_counts_positions_not_places() -> None:
     documents, branches, positions = (torch.tensor([columns[n]]) for n in ("documents", "branches", "position_ids"))
     mask = structure_mask(documents, branches, positions, window=3)[0, 0]
     last_branch = [i for i, b in enumerate(columns["branches"]) if b == 3]
-    distances = [columns["position_ids"][last_branch[0]] - columns["position_ids"][k] for k in mask[last_branch[0]].nonzero()]
+    distances = [
+        columns["position_ids"][last_branch[0]] - columns["position_ids"][k] for k in mask[last_branch[0]].nonzero()
+    ]
     assert sorted(distances) == [0, 1, 2]
 
 

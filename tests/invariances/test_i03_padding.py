@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import close, collate, make_row, make_rows
 from torch import Tensor
 
 from eyespot.models.merge import positions_from_mask
 from eyespot.models.vlm import VLM
+from tiny import close, collate, make_row, make_rows
 
 
 @torch.no_grad()

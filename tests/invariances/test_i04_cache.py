@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tiny import VOCAB, close, collate, make_rows
 from torch import Tensor
 
 from eyespot.models.vlm import VLM
+from tiny import VOCAB, close, collate, make_rows
 
 NEW = 10
 

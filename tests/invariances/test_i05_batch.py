@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 
 import torch
-from tiny import close, collate, make_rows
 from torch import Tensor
 
 from eyespot.models.vlm import VLM
+from tiny import close, collate, make_rows
 
 
 @torch.no_grad()

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import LANGUAGES, NUM_LABELLED, close, make_vlm, training_batch
 from torch import Tensor
 
 from eyespot.models.loss import IGNORE_INDEX, causal_loss
 from eyespot.models.vlm import VLM
+from tiny import LANGUAGES, NUM_LABELLED, close, make_vlm, training_batch
+
 
 def gradients(model: VLM, batches: list[dict[str, Any]], num_items: int | None) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()

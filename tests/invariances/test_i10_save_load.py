@@ -224,5 +224,3 @@ def test_gguf_gemma_survives_saving(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, loaded_processor), logits(model, processor))
     row = loaded_processor.encode_prompt(MESSAGES).input_ids
     assert row[0] == loaded_processor.tokenizer.bos_token_id == 2 and row.count(2) == 1
-
-

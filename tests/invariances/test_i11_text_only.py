@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import NUM_PATCHES, VOCAB, close, collate, make_row, make_rows, make_vlm
 
 from eyespot.models.vlm import VLM
+from tiny import NUM_PATCHES, VOCAB, close, collate, make_row, make_rows, make_vlm
 
 TEXT_ROWS = [make_row("t" * 9, 1), make_row("t" * 4, 2), make_row("t" * 12, 3)]
 WAYS: list[dict[str, Any]] = [

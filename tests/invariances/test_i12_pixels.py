@@ -10,8 +10,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import close, vision_encoder
-from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     BitImageProcessorPil,
@@ -23,6 +21,7 @@ from transformers import (
 from eyespot.compose import build, image_processor_for, load_parts, save
 from eyespot.config import VisionSettings
 from eyespot.models.vision.vit import EyespotViTConfig
+from tiny import close, vision_encoder
 
 SQUARE = {"height": 16, "width": 16}
 # sizes, means and filters as the well-known checkpoints set them, but for 16 pixels
@@ -41,7 +40,6 @@ def pictures() -> list[PIL.Image.Image]:
     random = np.random.default_rng(0)
     shapes = [(20, 31, 3), (40, 17, 3), (5, 6, 3), (16, 16, 3)]
     return [PIL.Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
-
 
 
 @pytest.mark.parametrize("name", list(THEIRS))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import STYLES, Kind, make_processor
 
 from eyespot.processing.prompt import PromptError
+from templates import STYLES, Kind, make_processor
 
 KINDS: list[Kind] = ["bytes", "bpe", "pieces"]
 PROCESSORS = {(style, kind, mode): make_processor(style, kind, image_mode=mode)

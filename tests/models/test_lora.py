@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LANGUAGES, close, collate, language_model, make_rows, make_vlm, training_batch, vision_encoder
 from torch import Tensor, nn
 
 from eyespot.models.lora import add_lora, linear_layers
 from eyespot.models.vlm import VLM
+from tiny import LANGUAGES, close, collate, language_model, make_rows, make_vlm, training_batch, vision_encoder
 
 LORA = {"r": 4, "alpha": 8, "targets": "all"}
 MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -70,7 +70,7 @@ def test_one_step_moves_what_trains_and_nothing_else(name: str, language: str) -
 
 
 def expected(mode: str, key: str) -> bool:
-    return mode == "full" or mode == "lora" and "lora_" in key
+    return mode == "full" or (mode == "lora" and "lora_" in key)
 
 
 def test_frozen_parts_get_no_gradient() -> None:

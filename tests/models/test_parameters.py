@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import torch
 from rich.console import Console
-from tiny import make_vlm
 from torch import nn
 
 from eyespot.models.parameters import count_parameters, logical_numel, parameter_table
+from tiny import make_vlm
 
 
 def test_rows_add_up_and_tied_weights_count_once() -> None:

@@ -10,19 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import (
-    ENCODERS,
-    NUM_PATCHES,
-    NUM_PREFIX,
-    VOCAB,
-    close,
-    collate,
-    language_model,
-    make_rows,
-    make_vlm,
-    randomise,
-    vision_encoder,
-)
 from torch import Tensor
 from transformers import (
     CLIPConfig,
@@ -42,6 +29,19 @@ from eyespot.models.language.pretrained import load_language
 from eyespot.models.vision.pretrained import load_vision, token_counts
 from eyespot.models.vlm import VLM
 from eyespot.processing.tokenizers import byte_tokenizer
+from tiny import (
+    ENCODERS,
+    NUM_PATCHES,
+    NUM_PREFIX,
+    VOCAB,
+    close,
+    collate,
+    language_model,
+    make_rows,
+    make_vlm,
+    randomise,
+    vision_encoder,
+)
 
 IMAGE_ID = VOCAB - 1  # inside the vocabulary, as in LLaVA; make_rows writes no such token
 
@@ -100,8 +100,15 @@ def test_logits_and_greedy_text_are_those_of_llava(language: str, layer: int, st
     real = batch["attention_mask"].bool()
     close(actual[real], expected[real])
     assert float(expected[real].std()) > 0.1  # the comparison is not one of zeros
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [IMAGE_ID]}
-    answers = [model.generate(**batch, **options, use_cache=cached) for model in (llava, ours) for cached in (True, False)]
+    options: dict[str, Any] = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "suppress_tokens": [IMAGE_ID],
+    }
+    answers = [
+        model.generate(**batch, **options, use_cache=cached) for model in (llava, ours) for cached in (True, False)
+    ]
     for answer in answers[1:]:
         assert torch.equal(answer, answers[0])
     assert len(set(answers[0][:, -12:].flatten().tolist())) > 3

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import CHATML, STYLES, THINKING, Kind, make_processor, make_tokenizer
 
 from eyespot.processing.images import EyespotImageProcessor
 from eyespot.processing.processor import Encoded, Processor, check_counts
 from eyespot.processing.prompt import PromptError, count_images, prompt_spans, training_spans
+from templates import CHATML, STYLES, THINKING, Kind, make_processor, make_tokenizer
 
 IMAGE = {"type": "image"}
 KINDS: list[Kind] = ["bytes", "bpe"]

@@ -21,7 +21,14 @@ def run(tmp_path: Path) -> Callable[..., Run]:
 
     def start(name: str, *overrides: str, **options: object) -> Run:
         settings = compose_settings(
-            ["recipe=smoke", f"name={name}", f"output_dir={tmp_path}", "data.limit=40", "data.validation_share=0.2", *overrides]
+            [
+                "recipe=smoke",
+                f"name={name}",
+                f"output_dir={tmp_path}",
+                "data.limit=40",
+                "data.validation_share=0.2",
+                *overrides,
+            ]
         )
         with open(os.devnull, "w") as nowhere:
             return train(settings, console=Console(file=nowhere), **options)  # type: ignore[arg-type]

@@ -18,7 +18,9 @@ def questions(pictures: int, each: int) -> list[Sample]:
 
 @given(st.integers(1, 50), st.floats(0.1, 3), st.integers(1, 20), st.integers(1, 4))
 @settings(max_examples=80, deadline=None)
-def test_every_unit_comes_once_in_an_epoch_and_ranks_share_nothing(n: int, epochs: float, window: int, world: int) -> None:
+def test_every_unit_comes_once_in_an_epoch_and_ranks_share_nothing(
+    n: int, epochs: float, window: int, world: int
+) -> None:
     window *= world
     ranks = [list(WindowSampler(n, epochs, window, 7, rank, world)) for rank in range(world)]
     assert {len(steps) for steps in ranks} == {WindowSampler(n, epochs, window, 7, 0, world).num_steps}

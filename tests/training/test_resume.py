@@ -24,7 +24,7 @@ print("finished", run.finished)
 """
 LORA = [
     "model.language.train=lora",
-    "model.language.lora={r: 2, alpha: 4, targets: [qkv_proj, o_proj, up_proj, down_proj], dropout: 0.1}",
+    "model.language.lora={r: 2, alpha: 4, targets: [q_proj, o_proj, up_proj, down_proj], dropout: 0.1}",
 ]
 PROJECTOR_ONLY = ["model.language.train=frozen", "model.vision.train=frozen"]
 COMMON = ["recipe=smoke", "data.limit=40", "data.validation_share=0.2", "trainer.checkpoint_every=2"]
@@ -76,6 +76,15 @@ def test_an_interrupted_run_with_other_settings_is_not_continued(run: Callable[.
     with pytest.raises(ConfigError, match="holds a finished run"):
         run("a")
     assert run("a", fresh=True).finished
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_is_no_run_is_never_deleted(run: Callable[..., Run], tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("words")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run("precious", fresh=fresh)
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "words"
 
 
 def test_settings_of_an_interrupted_run_must_match(run: Callable[..., Run], tmp_path: Path) -> None:

@@ -37,18 +37,25 @@ def test_accumulation_gives_the_weights_of_one_large_batch(run: Callable[..., Ru
 
 
 def test_packed_training_equals_padded_training(run: Callable[..., Run]) -> None:
-    packed, padded = (run(f"p{p}", f"data.packing={p}", "data.share=1", "trainer.max_steps=3", "trainer.eps=1e-2") for p in ("true", "false"))
+    packed, padded = (
+        run(f"p{p}", f"data.packing={p}", "data.share=1", "trainer.max_steps=3", "trainer.eps=1e-2")
+        for p in ("true", "false")
+    )
     assert [loss for _, loss in packed.curve] == pytest.approx([loss for _, loss in padded.curve], abs=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(run: Callable[..., Run]) -> None:
-    plain, saved = (run(f"g{g}", f"trainer.gradient_checkpointing={g}", "trainer.max_steps=2") for g in ("false", "true"))
+    plain, saved = (
+        run(f"g{g}", f"trainer.gradient_checkpointing={g}", "trainer.max_steps=2") for g in ("false", "true")
+    )
     assert plain.curve == saved.curve
 
 
 def test_frozen_parts_keep_every_bit_and_trained_parts_change(run: Callable[..., Run]) -> None:
     start, end = (
-        weights(run(f"steps{steps}", "model.vision.train=frozen", f"trainer.max_steps={steps}", "trainer.warmup_share=0"))
+        weights(
+            run(f"steps{steps}", "model.vision.train=frozen", f"trainer.max_steps={steps}", "trainer.warmup_share=0")
+        )
         for steps in (1, 3)
     )
     for name, tensor in start.items():
@@ -62,13 +69,17 @@ def test_an_unfrozen_encoder_changes_in_one_step() -> None:
     before = {name: p.detach().clone() for name, p in model.vision.named_parameters()}
     optimizer = adamw(model, {"vision": 1e-3, "connector": 1e-3, "language": 1e-3}, 0.0, [0.9, 0.999], 1e-8)
     ids = torch.tensor([[1, 64, 64, 64, 64, 2, 3]])
-    model(input_ids=ids, labels=ids.masked_fill(ids == 64, -100), pixel_values=torch.randn(1, 3, 16, 16)).loss.backward()
+    model(
+        input_ids=ids, labels=ids.masked_fill(ids == 64, -100), pixel_values=torch.randn(1, 3, 16, 16)
+    ).loss.backward()
     optimizer.step()
     assert all(not torch.equal(p, before[name]) for name, p in model.vision.named_parameters())
 
 
 def test_divergence_stops_with_step_samples_and_last_checkpoint(run: Callable[..., Run]) -> None:
-    with pytest.raises(TrainingStopped, match=r"(nan|inf) at step \d+; samples easy_vqa-train.*last good checkpoint: .*step-"):
+    with pytest.raises(
+        TrainingStopped, match=r"(nan|inf) at step \d+; samples easy_vqa-train.*last good checkpoint: .*step-"
+    ):
         run("diverges", "trainer.lr={vision: 1e9, connector: 1e9, language: 1e9}", "trainer.checkpoint_every=1", "trainer.clip=1e9",
             "trainer.epochs=20", "trainer.warmup_share=0.0", "trainer.validate_every=1000")  # fmt: skip
 

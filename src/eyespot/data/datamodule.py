@@ -64,9 +64,7 @@ class WindowSampler(Sampler[list[tuple[int, int]]]):
         seed: of the permutations. rank, world: this device and their number; each takes an equal slice of a window.
     """
 
-    def __init__(
-        self, num_units: int, epochs: float, window: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, num_units: int, epochs: float, window: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.num_units, self.window, self.seed = num_units, window, seed
         self.rank, self.world = rank, world
         self.total = math.ceil(num_units * epochs)

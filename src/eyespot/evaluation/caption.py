@@ -86,7 +86,9 @@ def _caption_batch(
         except ImageError as error:
             rows[path] = {"image": str(path.relative_to(folder)), "error": str(error)}
     if readable:
-        answers = assistant.generate_text([([image], user_turn([image], prompt)) for _, image in readable], **generation)
+        answers = assistant.generate_text(
+            [([image], user_turn([image], prompt)) for _, image in readable], **generation
+        )
         for (path, _), answer in zip(readable, answers, strict=True):
             rows[path] = {"image": str(path.relative_to(folder)), "caption": answer}
     return [rows[path] for path in paths]

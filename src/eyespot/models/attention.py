@@ -9,9 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 
-def structure_mask(
-    documents: Tensor, branches: Tensor, position_ids: Tensor, window: int | None = None
-) -> Tensor:
+def structure_mask(documents: Tensor, branches: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
     """The mask of rows in which documents lie side by side, each a prefix with branches.
 
     A token sees itself and, before it, the prefix of its document (branch 0) and its own branch; nothing else. With a
@@ -48,7 +46,9 @@ def attention_argument(
     """
     kernel = config._attn_implementation
     if kernel not in ("sdpa", "eager"):
-        raise ValueError(f"packed rows need attention kernel sdpa or eager, not {kernel!r}; load the model with one of them")
+        raise ValueError(
+            f"packed rows need attention kernel sdpa or eager, not {kernel!r}; load the model with one of them"
+        )
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or []
 
@@ -61,7 +61,9 @@ def attention_argument(
     if not types:
         return mask(window)
     if unknown := set(types) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{config.model_type} has layers of type {sorted(unknown)[0]!r}, which cannot be packed; set data.packing=false")
+        raise ValueError(
+            f"{config.model_type} has layers of type {sorted(unknown)[0]!r}, which cannot be packed; set data.packing=false"
+        )
     if "sliding_attention" not in types:
         return mask(None)
     return {"full_attention": mask(None), "sliding_attention": mask(window)}

@@ -61,7 +61,7 @@ def target_layers(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
     wanted = NAMED_TARGETS[targets] if isinstance(targets, str) else targets
     names = {name.rpartition(".")[2] for name, _ in module.named_modules()}
     missing = [layer for layer in wanted if str(layer).rpartition(".")[2] not in names]
-    if not isinstance(targets, str) and missing or len(missing) == len(wanted):
+    if (not isinstance(targets, str) and missing) or len(missing) == len(wanted):
         raise ValueError(
             f"no layer of {type(module).__name__} is named {', '.join(map(str, missing))}; "
             f"set lora.targets to some of: {', '.join(linear_layers(module))}"
@@ -75,7 +75,7 @@ def is_adapter(name: str, bias: str) -> bool:
     Args:
         name: of the parameter. bias: "none", "lora_only" (biases of the adapted layers) or "all".
     """
-    return "lora_" in name or name.endswith("bias") and (bias == "all" or bias == "lora_only" and "base_layer" in name)
+    return "lora_" in name or (name.endswith("bias") and (bias == "all" or (bias == "lora_only" and "base_layer" in name)))
 
 
 def linear_layers(module: nn.Module) -> list[str]:

@@ -322,5 +322,3 @@ def _pictures_of(messages: Sequence[Message]) -> list[Any]:
                     raise PromptError("an image part of the messages has no picture; give it as 'image' or 'path'")
                 found.append(source)
     return found
-
-

@@ -120,7 +120,9 @@ class _Marked:
                 messages=self.messages[:upto], add_generation_prompt=ask, **variables
             )
         except TemplateError as error:
-            raise PromptError(f"the chat template cannot be rendered ({error}); mend it, or use template='plain'") from error
+            raise PromptError(
+                f"the chat template cannot be rendered ({error}); mend it, or use template='plain'"
+            ) from error
         return text
 
 

@@ -102,7 +102,9 @@ class Reporter(lightning.Callback):
 class SampleAnswers(lightning.Callback):
     """A few fixed questions asked every ``every`` steps, printed and appended to samples.jsonl."""
 
-    def __init__(self, samples: Sequence[Sample], assistant: Assistant, every: int, file: Path, console: Console) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], assistant: Assistant, every: int, file: Path, console: Console
+    ) -> None:
         self.samples, self.assistant, self.every = samples, assistant, every
         self.file, self.console = file, console
 

@@ -137,7 +137,7 @@ def train(
     settings = replace(settings, model=with_dtypes(settings.model, device))
     console = console or Console(stderr=True)
     folder = Path(settings.output_dir) / settings.name
-    resume = None if fresh else find_resume(folder, settings)
+    resume = find_resume(folder, settings, fresh)
     _quiet()
     train_samples, validation, report = load_data(settings.data, settings.trainer.seed)
     if resume is None and folder.exists():
@@ -151,8 +151,8 @@ def train(
     return _fit(settings, folder, resume, train_samples, validation, before_training, console)
 
 
-def find_resume(folder: Path, settings: TrainSettings) -> Path | None:
-    """The checkpoint from which an interrupted run of these settings goes on, if there is one.
+def find_resume(folder: Path, settings: TrainSettings, fresh: bool) -> Path | None:
+    """The checkpoint from which an interrupted run of these settings goes on, if there is one; None when ``fresh``.
 
     Raises:
         ConfigError: the folder holds a finished run, one with other settings, or something else.
@@ -160,10 +160,16 @@ def find_resume(folder: Path, settings: TrainSettings) -> Path | None:
     record = folder / SETTINGS_FILE
     if not record.is_file():
         if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{str(folder)!r} is not empty and holds no run; choose another name=... or output_dir=...")
+            raise ConfigError(
+                f"{str(folder)!r} is not empty and holds no run; choose another name=... or output_dir=..."
+            )
+        return None
+    if fresh:
         return None
     if (folder / "model").is_dir():
-        raise ConfigError(f"{str(folder)!r} holds a finished run; choose another name=..., or add --fresh to replace it")
+        raise ConfigError(
+            f"{str(folder)!r} holds a finished run; choose another name=..., or add --fresh to replace it"
+        )
     earlier, now = json.loads(record.read_text()), json.loads(json.dumps(to_dict(settings)))
     if earlier != now:
         raise ConfigError(
@@ -259,7 +265,9 @@ def _fit(
         before_training(assistant)
         lightning.seed_everything(trainer_settings.seed, verbose=False)
     processor.save_pretrained(folder / "processor")
-    writer = CheckpointWriter(folder / "checkpoints", model, settings.model, trainer_settings.seed, folder / "processor")
+    writer = CheckpointWriter(
+        folder / "checkpoints", model, settings.model, trainer_settings.seed, folder / "processor"
+    )
     reporter = Reporter(trainer_settings.log_every, console)
     checkpoints = Checkpoints(
         writer, trainer_settings.checkpoint_every, trainer_settings.keep_best, trainer_settings.patience
@@ -314,7 +322,9 @@ def calibrate(model: Any, batches: list[dict[str, torch.Tensor]], console: Conso
     after = model.image_text_ratio(pixels, words)
     console.print(f"size of image to text embeddings (RMS): {before:.3g} before, {after:.3g} after scaling")
     if not 0.5 <= after <= 2 or not math.isfinite(after):
-        raise ConfigError(f"image embeddings are {after:.3g} times the size of text embeddings; check the vision encoder")
+        raise ConfigError(
+            f"image embeddings are {after:.3g} times the size of text embeddings; check the vision encoder"
+        )
 
 
 def save_whole(model: Any, processor: Any, folder: Path, record: dict[str, Any]) -> None:
