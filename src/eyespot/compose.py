@@ -34,7 +34,7 @@ from eyespot.processing.images import EyespotImageProcessor
 from eyespot.processing.processor import Processor
 from eyespot.processing.prompt import TEMPLATES
 from eyespot.processing.tokenizers import byte_tokenizer, char_tokenizer
-from eyespot.registry import CONNECTORS, LANGUAGES, VISION
+from eyespot.registry import LANGUAGES, VISION
 
 OWN_ENCODERS = (EyespotViTConfig, EyespotConvNetConfig, EfficientNetLiteConfig)
 # families whose models degenerate without BOS although some of their tokenizers add none

@@ -1,4 +1,4 @@
-"""Exact name -> factory. Registering a part is one line; unknown and duplicate names are errors that list the choices."""
+"""Exact name -> factory. Registering a part is one line; unknown names are errors that list the choices."""
 
 from __future__ import annotations
 

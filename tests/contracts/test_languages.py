@@ -134,7 +134,7 @@ def test_tokens_come_back_as_text(parts: tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def test_nothing_readable_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="language model .* is neither a readable folder nor a Hub name"):
+    with pytest.raises(ValueError, match=r"language model .* is neither a readable folder nor a Hub name"):
         LANGUAGES["pretrained"](str(tmp_path))
     (tmp_path / "a.gguf").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="is not a GGUF file"):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, Row, close, make_row, make_vlm
 from torch import Tensor
 
 from eyespot.data.packing import fill_rows, pack, row_columns, share_prefixes
 from eyespot.models.attention import structure_mask
 from eyespot.models.vlm import VLM
 from eyespot.processing.processor import IGNORE_INDEX, Encoded
+from tiny import VOCAB, Row, close, make_row, make_vlm
 
 LAYOUTS = ["tittttt", "tittt", "titt", "ttttttttt", "ttt", "titttitt", "ttittttttttttt"]
 

@@ -224,11 +224,11 @@ def test_two_towers_give_only_the_vision_tower(name: str, tmp_path: Path, caplog
 def test_unreadable_encoders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         load_vision(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="vision encoder .*the folder cannot be read"):
+    with pytest.raises(ValueError, match=r"vision encoder .*the folder cannot be read"):
         load_vision(str(tmp_path))
     vision_encoder("clip").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="vision encoder .*the folder cannot be read"):
+    with pytest.raises(ValueError, match=r"vision encoder .*the folder cannot be read"):
         load_vision(str(tmp_path))
 
 

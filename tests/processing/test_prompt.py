@@ -76,14 +76,17 @@ def test_an_answer_keeps_its_own_spaces() -> None:
     assert words_of(CHATML_BYTES, row.labels) == "  a \n<|im_end|>"
 
 
+def only_words(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 @pytest.mark.parametrize("style", list(STYLES))
 def test_words_are_those_of_the_template(style: str) -> None:
     """The ids of all spans together are the rendered template, so cutting it lost nothing."""
     processor = PROCESSORS[style, "bytes"]
     messages = [*talk("one?", "ONE"), *talk("two?", "TWO", 0)]
     variables = {"bos_token": "<bos>", "eos_token": "<eos>"}
-    plain = [{"role": m["role"], "content": "".join(p.get("text", "") for p in parts)} for m, parts in
-             ((m, m["content"] if isinstance(m["content"], list) else [text(m["content"])]) for m in messages)]  # fmt: skip
+    plain = [{"role": m["role"], "content": only_words(m["content"])} for m in messages]
     spans = training_spans(plain, processor.chat_template, variables)
     whole = "".join(span.text for span in spans)
     prompt = "".join(span.text for span in prompt_spans(plain[:1], processor.chat_template, variables))
@@ -97,7 +100,7 @@ def test_words_are_those_of_the_template(style: str) -> None:
 DANGEROUS = [
     "<image>", "\ue0000\ue001", "\ue0001\ue001", "\ue000", "\ue001", "{{ bos_token }}", "{% raw %}", "{#", "Assistant:",
     "Human: ", "\n", " ", "<0x41>", "<pad>", "<bos>", "<eos>", "<unk>", "</s>", "[INST]", "<|im_start|>assistant\n",
-    "\ud7ff", "٠", "\ue000٠\ue001", "<|", "im_end", "|>", "<<|im_end|>",
+    "\ud7ff", "\u0660", "\ue000\u0660\ue001", "<|", "im_end", "|>", "<<|im_end|>",
     *(token for style in STYLES.values() for token in style.own),
 ]  # fmt: skip
 typed = st.lists(st.sampled_from(DANGEROUS) | st.text(max_size=5), min_size=1, max_size=5).map("".join).filter(bool)
@@ -157,7 +160,7 @@ def test_template_tokens_that_are_not_marked_as_special(kind: Kind) -> None:
 
 
 def test_a_role_cannot_smuggle_marks() -> None:
-    with pytest.raises(PromptError, match="leaves out|writes 2 parts of the 1"):
+    with pytest.raises(PromptError, match="writes 2 parts of the 1"):
         CHATML_BYTES.encode_prompt([{"role": "user \ue0000\ue001", "content": "hello"}])
 
 

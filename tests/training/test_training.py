@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import make_vlm
 
 import eyespot
 from eyespot.config import ConfigError, TrainerSettings
 from eyespot.training.module import TrainingStopped
 from eyespot.training.optim import adamw, learning_rate_factor, parameter_groups
 from eyespot.training.run import Run, compose_settings, precision_of, train
+from tiny import make_vlm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

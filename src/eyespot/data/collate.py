@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from eyespot.data.sample import Rejected, Sample
 from eyespot.data.packing import pack, share_prefixes
+from eyespot.data.sample import Rejected, Sample
 from eyespot.processing.images import ImageError, open_image
 from eyespot.processing.processor import Encoded, Processor
 from eyespot.processing.prompt import PromptError

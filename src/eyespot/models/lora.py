@@ -75,7 +75,8 @@ def is_adapter(name: str, bias: str) -> bool:
     Args:
         name: of the parameter. bias: "none", "lora_only" (biases of the adapted layers) or "all".
     """
-    return "lora_" in name or (name.endswith("bias") and (bias == "all" or (bias == "lora_only" and "base_layer" in name)))
+    trains_bias = bias == "all" or (bias == "lora_only" and "base_layer" in name)
+    return "lora_" in name or (trains_bias and name.endswith("bias"))
 
 
 def linear_layers(module: nn.Module) -> list[str]:

@@ -179,7 +179,7 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return features if self.config.keep_cls else features[:, self.config.num_prefix_tokens :]
 
     def embed_images(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
-        """Pixels float [N, 3, H, W], or features float [N, P, E] already encoded -> image embeddings float [N, K, D]."""
+        """Pixels float [N, 3, H, W], or features float [N, P, E] encoded before -> image embeddings float [N, K, D]."""
         if image_features is None:
             assert pixel_values is not None
             image_features = self.encode_images(pixel_values)  # [N, P, E]

@@ -355,7 +355,7 @@ class EyespotImageProcessor(BaseImageProcessor):
         ValueError: a setting out of its range, or an unknown one.
     """
 
-    model_input_names = ["pixel_values"]  # noqa: RUF012  transformers declares it so
+    model_input_names = ["pixel_values"]
     valid_kwargs = _Settings
 
     def __init__(

@@ -177,8 +177,8 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
         ids = self._span_ids(span)
         if not ids or ids[0] not in self._turn_ends:
             raise PromptError(
-                f"the chat template writes {span.text!r} after an answer, which does not start with a special token, so "
-                "a model could not learn to stop; use template='plain'"
+                f"the chat template writes {span.text!r} after an answer, which does not start with a special token, "
+                "so a model could not learn to stop; use template='plain'"
             )
         return ids[0]
 
@@ -253,7 +253,7 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
         return BatchFeature(batch)
 
     def apply_chat_template(self, conversation: Any, tokenize: bool = False, **kwargs: Any) -> Any:
-        """transformers' name for prompts from messages; pictures are read from the parts' ``image``, ``path`` or ``url``.
+        """transformers' name for prompts from messages; pictures come from the parts' ``image``, ``path`` or ``url``.
 
         Returns text with ``<image>`` marks, or with ``tokenize=True`` the batch that ``generate`` takes.
         """

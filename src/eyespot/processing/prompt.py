@@ -54,7 +54,7 @@ class Span:
 
 
 class _Generation(Extension):
-    """transformers' ``{% generation %}`` marks what an assistant writes; labels come from spans here, so it does nothing.
+    """transformers' ``{% generation %}`` marks what an assistant writes; here labels come from spans, so it has no use.
 
     Source: https://huggingface.co/docs/transformers/main/en/chat_templating_writing
     """
@@ -180,8 +180,8 @@ def _check_complete(rendered: str, marked: _Marked) -> None:
     pictures = [i for i in found if i < len(marked.parts) and marked.parts[i][0]["type"] == "image"]
     if sorted(found) != list(range(len(marked.parts))) or pictures != sorted(pictures):
         raise PromptError(
-            f"the chat template writes {len(found)} parts of the {len(marked.parts)} in this conversation, or in another "
-            "order; it must write each text and each picture once, so use template='plain' or mend the template"
+            f"the chat template writes {len(found)} parts of the {len(marked.parts)} in this conversation, or in "
+            "another order; it must write each text and each picture once, so use template='plain' or mend the template"
         )
 
 
