@@ -52,6 +52,32 @@ def test_a_finished_run_is_not_overwritten(run_folder: Path, capsys: pytest.Capt
     assert "holds a finished run; choose another name=..., or add --fresh" in capsys.readouterr().err
 
 
+def test_a_run_killed_before_its_report_only_writes_the_report(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (run_folder / "report.html").read_text()
+    weights = (run_folder / "model" / "model.safetensors").stat().st_mtime_ns
+    (run_folder / "report.html").unlink()
+    assert main(["train", "recipe=smoke", f"output_dir={run_folder.parent}", "evaluation.limit=12"]) == 0
+    assert "on 12 questions" in capsys.readouterr().out
+    assert (run_folder / "report.html").read_text().count("data:image/") == page.count("data:image/")
+    assert (run_folder / "model" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_fresh_may_stand_anywhere_and_words_are_quoted(tmp_path: Path) -> None:
+    words = [
+        "train",
+        "--fresh",
+        "recipe=smoke",
+        f"output_dir={tmp_path / 'a b'}",
+        "trainer.max_steps=1",
+        "evaluation.limit=4",
+    ]
+    assert main(words) == 0
+    assert main([words[0], words[2], "--fresh", *words[3:]]) == 0
+    assert "&#x27;output_dir=" in (tmp_path / "a b" / "smoke" / "report.html").read_text()
+
+
 def test_ask_streams_and_json_is_the_same_answer(model: str, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", model, picture, "what is it?", "--max-new-tokens", "6"]) == 0
     streamed = capsys.readouterr().out.strip()
@@ -168,7 +194,10 @@ WRONG = {
     "broken override": (["train", "recipe=smoke", "data.train={format: vqa"], "data.train"),
     "missing data": (["train", "recipe=smoke", "data.train={format: vqa, path: none.jsonl}"], "none.jsonl"),
     "malformed JSON": (["train", "recipe=smoke", "data.train={format: llava, path: bad.json}"], "bad.json"),
-    "two placeholders": (["train", "recipe=smoke", "data.train={format: llava, path: two.json}"], "no usable training sample"),
+    "two placeholders": (
+        ["train", "recipe=smoke", "data.train={format: llava, path: two.json}"],
+        "no usable training sample",
+    ),
     "bad device": (["ask", "MODEL", "q", "--device", "tpu"], "not available on this machine"),
     "negative temperature": (["ask", "MODEL", "q", "--temperature", "-1"], "temperature is -1.0"),
     "caption nothing": (["caption", "MODEL", "empty", "--out", "c.jsonl"], "no picture"),
@@ -228,7 +257,8 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_divergence_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["train", "recipe=smoke", f"output_dir={tmp_path}", "trainer.lr={vision: 1e9, connector: 1e9, language: 1e9}",
-                 "trainer.clip=1e9", "trainer.epochs=20", "trainer.warmup_share=0.0", "evaluation.run=false"])  # fmt: skip
+    code = main(["train", "recipe=smoke", f"output_dir={tmp_path}", "evaluation.run=false",
+                 "trainer.lr={vision: 1e9, connector: 1e9, language: 1e9}",
+                 "trainer.clip=1e9", "trainer.epochs=20", "trainer.warmup_share=0.0"])  # fmt: skip
     assert code == 1
     assert "last good checkpoint" in capsys.readouterr().err

@@ -123,7 +123,7 @@ class Odd:
 def test_unions_literals_and_nested_settings() -> None:
     assert from_dict(Odd, {"both": [1, 2]}).both == [1, 2]
     assert from_dict(Odd, {"both": "x"}).both == "x"
-    with pytest.raises(ConfigError, match="both is 1.5; it needs one of"):
+    with pytest.raises(ConfigError, match=r"both is 1\.5; it needs one of"):
         from_dict(Odd, {"both": 1.5})
     with pytest.raises(ConfigError, match="number is True; choose one of: 1, 2"):
         from_dict(Odd, {"number": True})

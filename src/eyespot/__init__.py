@@ -22,7 +22,18 @@ _NAMES = {
     "save": "eyespot.compose",
     "train": "eyespot.training.run",
 }
-__all__ = sorted(_NAMES)
+__all__ = [
+    "VLM",
+    "Assistant",
+    "Processor",
+    "Sample",
+    "VLMConfig",
+    "build",
+    "evaluate",
+    "load",
+    "save",
+    "train",
+]
 
 if TYPE_CHECKING:
     from eyespot.compose import build, save
@@ -36,7 +47,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
-        raise AttributeError(f"module 'eyespot' has no attribute {name!r}; names: {', '.join(__all__)}")
+        raise AttributeError(f"module 'eyespot' has no attribute {name!r}; names: {', '.join(sorted(_NAMES))}")
     return getattr(importlib.import_module(_NAMES[name]), name)
 
 

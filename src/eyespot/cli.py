@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     top = parser()
-    options = top.parse_args(words)
+    flags = [word for word in words if word == "--fresh"]  # argparse would not find it between settings
+    options = top.parse_args([*(word for word in words if word not in flags), *flags])
     if options.version:
         from eyespot import __version__
 
@@ -96,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         top.print_help()
         return 0
     try:
+        if options.verb != "train":
+            _no_bars()
         return VERBS[options.verb](options, words)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -113,22 +117,25 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     from eyespot.evaluation.finish import BeforeAndAfter
     from eyespot.training.module import TrainingStopped
-    from eyespot.training.run import compose_settings
+    from eyespot.training.run import compose_settings, finished_run
     from eyespot.training.run import train as run_training
 
     settings = compose_settings(options.overrides)
     console = Console(stderr=True)
     closing = BeforeAndAfter(settings) if settings.evaluation.run else None
+    command = shlex.join(["eyespot", *words])
     try:
-        run = run_training(
+        unreported = closing is not None and not options.fresh and not closing.is_written()
+        run = finished_run(settings) if unreported else None
+        run = run or run_training(
             settings, fresh=options.fresh, console=console, before_training=closing.ask_untrained if closing else None
         )
     except TrainingStopped as error:
         print(f"eyespot train: {error}", file=sys.stderr)
         return 1
-    command = " ".join(["eyespot", *words])
     if not run.finished:
-        print(f"stopped by {run.stopped_by} at step {run.steps}, saved; to go on: {command.replace(' --fresh', '')}")
+        resume = shlex.join(["eyespot", *(word for word in words if word != "--fresh")])
+        print(f"stopped by {run.stopped_by} at step {run.steps}, saved; to go on: {resume}")
         return 130
     print(f"model: {run.model_folder}")
     if closing is not None:
@@ -223,7 +230,7 @@ def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
         evaluation.write(folder)
         write_page(
             folder / "report.html", evaluation, title=f"eyespot: {options.model}", samples=samples,
-            command=" ".join(["eyespot", *words]),
+            command=shlex.join(["eyespot", *words]),
         )  # fmt: skip
         print(f"report: {folder / 'report.json'} and {folder / 'report.html'}")
     return 0
@@ -243,6 +250,13 @@ def inspect(options: argparse.Namespace, words: Sequence[str]) -> int:
         show = inspection.show_data if options.what == "data" else inspection.show_batch
         show(settings, options.n, out)
     return 0
+
+
+def _no_bars() -> None:
+    """transformers shows a bar for every file that it loads."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _assistant(options: argparse.Namespace) -> Any:

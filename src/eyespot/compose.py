@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from eyespot.config import (
     ConnectorSettings,
@@ -25,8 +24,6 @@ from eyespot.config import (
 )
 from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.models.loss import head_logits
-from eyespot.models.vision.convnet import EyespotConvNetConfig
-from eyespot.models.vision.efficientnet_lite import EfficientNetLiteConfig
 from eyespot.models.vision.pretrained import image_size_of, token_counts
 from eyespot.models.vision.vit import EyespotViTConfig
 from eyespot.models.vlm import VLM, VLMConfig
@@ -36,17 +33,17 @@ from eyespot.processing.prompt import TEMPLATES
 from eyespot.processing.tokenizers import byte_tokenizer, char_tokenizer
 from eyespot.registry import LANGUAGES, VISION
 
-OWN_ENCODERS = (EyespotViTConfig, EyespotConvNetConfig, EfficientNetLiteConfig)
 # families whose models degenerate without BOS although some of their tokenizers add none
 # (Gemma: ai.google.dev/gemma/docs/core/prompt-structure)
 NEEDS_BOS = ("gemma", "gemma2", "gemma3_text")
 
 AutoProcessor.register(VLMConfig, Processor)
-for _config in OWN_ENCODERS:
-    if _config not in IMAGE_PROCESSOR_MAPPING._extra_content:
-        AutoImageProcessor.register(
-            _config, image_processor_classes={"pil": EyespotImageProcessor, "torchvision": EyespotImageProcessor}
-        )
+# transformers finds the class by its name; the configuration only opens the register
+AutoImageProcessor.register(
+    EyespotViTConfig,
+    image_processor_classes={"pil": EyespotImageProcessor, "torchvision": EyespotImageProcessor},
+    exist_ok=True,
+)
 
 
 def build(
@@ -122,7 +119,7 @@ def _load_vision(settings: VisionSettings) -> PreTrainedModel:
 
 
 def with_dtypes(settings: ModelSettings, device: torch.device | None = None) -> ModelSettings:
-    """The settings with every dtype "auto" decided: frozen weights in bfloat16 where that is fast, float32 elsewhere."""
+    """The settings with every dtype "auto" decided: frozen weights in bfloat16 where it is fast, float32 elsewhere."""
     fast = has_fast_bfloat16(device or choose_device())
 
     def decide(part: Any) -> Any:
@@ -189,8 +186,9 @@ def build_processor(model: VLM, tokenizer: PreTrainedTokenizerBase, settings: Mo
 
 
 def image_processor_for(settings: VisionSettings, vision_config: Any) -> Any:
-    """The encoder's own image processor: saved beside a pretrained one, made from the configuration for ours."""
-    if isinstance(vision_config, OWN_ENCODERS):
+    """The encoder's own image processor: made from a configuration that names mean and deviation (ours do), else the
+    one saved beside the weights."""
+    if hasattr(vision_config, "image_mean"):
         return EyespotImageProcessor(
             size=image_size_of(vision_config),
             resize_mode=settings.resize,
@@ -269,7 +267,7 @@ def load_checkpoint(folder: Path) -> tuple[VLM, Processor]:
             f"of {record['frozen_sha256'][:12]}…); use the run's final model folder, or the parts it was trained with"
         )
     model.config.image_scale = VLMConfig.from_pretrained(folder).image_scale
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return model.eval(), AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 def load_trained(model: VLM, folder: Path) -> None:
@@ -323,7 +321,7 @@ def load_parts(folder: str | Path, dtype: str | torch.dtype = "auto") -> tuple[V
         config = VLMConfig.from_pretrained(str(folder))
         if dtype != "auto":
             config.float32_parts = []
-        model, info = VLM.from_pretrained(
+        loaded: Any = VLM.from_pretrained(
             str(folder),
             config=config,
             dtype=dtype,
@@ -335,6 +333,7 @@ def load_parts(folder: str | Path, dtype: str | torch.dtype = "auto") -> tuple[V
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{str(folder)!r} is neither a model folder nor a readable Hub name ({first})") from error
+    model, info = loaded
     check_loading(info, str(folder))
     return model.eval(), processor
 

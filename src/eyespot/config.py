@@ -57,8 +57,9 @@ class ConnectorSettings:
 
 @dataclass
 class LanguageSettings:
-    """name: a registered language model; args: its arguments; template: "auto" (the tokenizer's own if it has one, else
-    plain), "plain", "raw" or a Jinja template; tokenizer: "byte", "char:LETTERS" or a folder, for models without one."""
+    """name: a registered language model; args: its arguments; template: "auto" (the tokenizer's own if it has one,
+    else plain), "plain", "raw" or a Jinja template; tokenizer: "byte", "char:LETTERS" or a folder, for models without
+    one."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
@@ -84,8 +85,9 @@ class ModelSettings:
 @dataclass
 class DataSettings:
     """train and test: ``{"format": registered name, **arguments}``; validation_share: split off by picture;
-    limit: at most so many training samples; max_length: tokens at which a sample is cut; packing: several samples in one
-    row of at most row_length tokens; share: so many samples about the same picture stand behind one image prefix."""
+    limit: at most so many training samples; max_length: tokens at which a sample is cut; packing: several samples in
+    one row of at most row_length tokens; share: so many samples about the same picture stand behind one image
+    prefix."""
 
     train: dict[str, Any]
     test: dict[str, Any] | None = None
@@ -148,8 +150,8 @@ class LoggerSettings:
 
 @dataclass
 class EvaluationSettings:
-    """The evaluation at the end of a run, on ``data.test``. controls: blind, shuffled, majority; before: so many questions
-    are also answered by the untrained model, for the report."""
+    """The evaluation at the end of a run, on ``data.test``. controls: blind, shuffled, majority; before: so many
+    questions are also answered by the untrained model, for the report."""
 
     run: bool = True
     limit: int | None = None
@@ -248,14 +250,15 @@ def check_arguments(
         factory = registry[name]
     except ValueError as error:
         raise ConfigError(f"{where}.name: {error}") from error
-    target: Callable[..., Any] = factory.__init__ if inspect.isclass(factory) else factory  # type: ignore[misc]
+    target: Callable[..., Any] = factory.__init__ if inspect.isclass(factory) else factory
     hints = typing.get_type_hints(target)
     parameters = {key: p for key, p in inspect.signature(target).parameters.items() if key not in ("self", *given)}
     for key, value in arguments.items():
         if key not in parameters:
             names = list(parameters)
             raise ConfigError(
-                f"{registry.kind} {name!r} takes no argument {key!r}{closest(key, names)} (arguments: {', '.join(names)})"
+                f"{registry.kind} {name!r} takes no argument {key!r}{closest(key, names)} "
+                f"(arguments: {', '.join(names)})"
             )
         check_value(value, hints.get(key, Any), f"{where}.args.{key}")
     for key, parameter in parameters.items():

@@ -1,9 +1,10 @@
-"""Ask a trained model: ``eyespot.load(path).ask(image, question)``. Evaluation, command line and server go through here."""
+"""Ask a trained model: ``eyespot.load(path).ask(image, question)``. Evaluation and command line go through here too."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -40,7 +41,7 @@ class Assistant:
 
     def __init__(self, model: VLM, processor: Processor, device: str = "auto") -> None:
         self.device = choose_device(device)
-        self.model = model.to(self.device).eval()
+        self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.processor = processor
         self._features: dict[Hashable, Tensor] = {}
 
@@ -105,6 +106,15 @@ class Assistant:
             del self._features[next(iter(self._features))]
         return found
 
+    def _room(self, prompt_length: int) -> int:
+        limit = getattr(self.model.config.text_config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and prompt_length >= limit:
+            raise ValueError(
+                f"the prompt has {prompt_length} tokens but the language model has {limit} positions; shorten the "
+                "question or show fewer pictures"
+            )
+        return limit - prompt_length if limit is not None else sys.maxsize
+
     def forget(self) -> None:
         """Drop the encoded pictures, for instance after the encoder was trained."""
         self._features.clear()
@@ -122,7 +132,7 @@ class Assistant:
 
         Args:
             conversations: (pictures, messages) pairs.
-            max_new_tokens: limit of each answer.
+            max_new_tokens: limit of each answer; the end of the model's positions is another.
             temperature: 0 is greedy (or beam search with ``num_beams``), above 0 samples.
             options: further arguments of transformers' generate: top_p, top_k, num_beams, repetition_penalty, streamer.
         """
@@ -131,9 +141,10 @@ class Assistant:
         batch = self.processor.prompt_ids(conversations).to(self.device)
         if images := [image for pictures, _ in conversations for image in pictures]:
             batch["image_features"] = self.features(images)
+        room = self._room(batch["input_ids"].shape[1])
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         with self.autocast():
-            sequences = self.model.generate(**batch, max_new_tokens=max_new_tokens, **sampling, **options)
+            sequences = self.model.generate(**batch, max_new_tokens=min(max_new_tokens, room), **sampling, **options)
         return self.processor.decode_answers(sequences, batch["input_ids"].shape[1])
 
 
@@ -143,7 +154,7 @@ def _picture_key(image: Any) -> Hashable:
         return hashlib.sha256(image).digest()
     if isinstance(image, (str, os.PathLike)):
         try:
-            status = os.stat(image)
+            status = Path(image).stat()
         except OSError:
             return str(image)  # opening it says what is wrong
         return str(image), status.st_size, status.st_mtime_ns
@@ -164,5 +175,5 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Assista
     model, processor = load_parts(path, dtype)
     chosen = choose_device(device)
     if dtype == "auto" and not has_fast_bfloat16(chosen):
-        model = model.float()
+        model = model.float()  # type: ignore[no-untyped-call]
     return Assistant(model, processor, str(chosen))

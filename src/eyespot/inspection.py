@@ -99,7 +99,7 @@ def show_model(target: Sequence[str], out: Path | None) -> None:
         console.print(f"{part:10} {type(getattr(model, part)).__name__}", markup=False)
     console.print(parameter_table(model))
     size = processor.pixel_values([Image.new("RGB", (64, 64), "gray")])
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": "gray"},
     ]
@@ -117,7 +117,7 @@ def show_model(target: Sequence[str], out: Path | None) -> None:
 @torch.no_grad()
 def stages(model: VLM, batch: dict[str, Tensor]) -> list[tuple[str, str]]:
     """(stage, shape) of a batch on its way through the model."""
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     rows: list[tuple[str, str]] = []
     image_embeds = None
     if "pixel_values" in batch:

@@ -44,6 +44,11 @@ class Registry:
             self._factories[name] = factory
         return factory
 
+    def load_all(self) -> None:
+        """Import every part, so that its configuration class is known to transformers."""
+        for name in self.names():
+            self[name]
+
     def names(self) -> list[str]:
         return sorted(self._factories)
 

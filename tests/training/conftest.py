@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Callable[..., Run]:
                 *overrides,
             ]
         )
-        with open(os.devnull, "w") as nowhere:
+        with Path(os.devnull).open("w") as nowhere:
             return train(settings, console=Console(file=nowhere), **options)  # type: ignore[arg-type]
 
     return start

@@ -48,7 +48,7 @@ def test_epochs_differ_and_seeds_differ() -> None:
     sampler = WindowSampler(100, 2, 100, seed=0)
     first, second = list(sampler)
     assert [i for _, i in first] != [i for _, i in second]
-    assert list(WindowSampler(100, 1, 100, seed=1))[0] != first
+    assert next(iter(WindowSampler(100, 1, 100, seed=1))) != first
 
 
 def test_units_hold_every_sample_once_and_one_picture_each() -> None:

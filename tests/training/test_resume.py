@@ -124,5 +124,5 @@ def test_a_checkpoint_whose_frozen_parts_changed_is_refused(run: Callable[..., R
     last = sorted((run("a", *PROJECTOR_ONLY).folder / "checkpoints").iterdir())[-1]
     record = json.loads((last / "checkpoint.json").read_text())
     (last / "checkpoint.json").write_text(json.dumps({**record, "frozen_sha256": "0" * 64}))
-    with pytest.raises(ValueError, match="frozen parts of checkpoint .* have changed"):
+    with pytest.raises(ValueError, match=r"frozen parts of checkpoint .* have changed"):
         eyespot.load(last, device="cpu")

@@ -80,8 +80,9 @@ def test_divergence_stops_with_step_samples_and_last_checkpoint(run: Callable[..
     with pytest.raises(
         TrainingStopped, match=r"(nan|inf) at step \d+; samples easy_vqa-train.*last good checkpoint: .*step-"
     ):
-        run("diverges", "trainer.lr={vision: 1e9, connector: 1e9, language: 1e9}", "trainer.checkpoint_every=1", "trainer.clip=1e9",
-            "trainer.epochs=20", "trainer.warmup_share=0.0", "trainer.validate_every=1000")  # fmt: skip
+        run("diverges", "trainer.lr={vision: 1e9, connector: 1e9, language: 1e9}", "trainer.checkpoint_every=1",
+            "trainer.clip=1e9", "trainer.epochs=20", "trainer.warmup_share=0.0",
+            "trainer.validate_every=1000")  # fmt: skip
 
 
 def test_one_sample_is_learned_by_heart_from_its_first_letter_to_its_end(tmp_path: Path) -> None:
@@ -92,7 +93,8 @@ def test_one_sample_is_learned_by_heart_from_its_first_letter_to_its_end(tmp_pat
     settings = compose_settings(
         ["recipe=smoke", f"output_dir={tmp_path / 'runs'}", f"data.train={source}", f"data.test={source}",
          "data.validation_share=0", "data.limit=null", "trainer.epochs=400", "trainer.decay=constant",
-         "trainer.lr={vision: 3e-3, connector: 3e-3, language: 3e-3}", "trainer.samples_every=1000", "evaluation.run=false"]
+         "trainer.lr={vision: 3e-3, connector: 3e-3, language: 3e-3}", "trainer.samples_every=1000",
+         "evaluation.run=false"]
     )  # fmt: skip
     result = train(settings)
     assistant = eyespot.load(result.model_folder, device="cpu")

@@ -21,8 +21,8 @@ Row = tuple[Encoded, list[Any], Hashable]
 class Window:
     """What one optimizer step reads on one device.
 
-    batches: micro-batches, each what the model's forward takes: input_ids and labels int64 [B, T], attention_mask or the
-        columns of packed rows int64 [B, T], pixel_values float32 [N, 3, H, W].
+    batches: micro-batches, each what the model's forward takes: input_ids and labels int64 [B, T], attention_mask or
+        the columns of packed rows int64 [B, T], pixel_values float32 [N, 3, H, W].
     num_supervised: labelled tokens in all of them. num_tokens: tokens of all samples, as if each stood alone.
     ids: sample ids. rejected: samples that could not be used.
     """

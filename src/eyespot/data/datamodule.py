@@ -39,7 +39,7 @@ class Units(Dataset[list[Sample]]):
     def __len__(self) -> int:
         return len(self.pieces)
 
-    def __getitem__(self, visit: tuple[int, int]) -> list[Sample]:  # type: ignore[override]
+    def __getitem__(self, visit: tuple[int, int]) -> list[Sample]:
         epoch, index = visit
         number, first, last = self.pieces[index]
         order = list(self.groups[number])
@@ -77,7 +77,7 @@ class WindowSampler(Sampler[list[tuple[int, int]]]):
 
     def permutation(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_units, generator=generator).tolist()  # type: ignore[no-any-return]
+        return torch.randperm(self.num_units, generator=generator).tolist()
 
     def __len__(self) -> int:
         return self.num_steps

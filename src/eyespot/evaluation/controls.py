@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from eyespot.evaluation.metrics import normalize_answer
 
 if TYPE_CHECKING:
-    from eyespot.data.sample import Sample
+    from eyespot.data.sample import Message, Sample
 
 
 def blind(sample: Sample) -> Sample:
@@ -86,12 +86,12 @@ def image_key(image: object) -> Hashable:
     return image if isinstance(image, (str, bytes, Path)) else (type(image), id(image))
 
 
-def _without_images(message: Mapping[str, Any]) -> dict[str, Any]:
+def _without_images(message: Mapping[str, Any]) -> Message:
     content = message["content"]
     if isinstance(content, str):
-        return dict(message)
+        return cast("Message", dict(message))
     parts = [part for part in content if part["type"] != "image"]
-    return {**message, "content": parts or [{"type": "text", "text": ""}]}
+    return cast("Message", {**message, "content": parts or [{"type": "text", "text": ""}]})
 
 
 def _pictures_by_group(samples: Sequence[Sample]) -> dict[str, dict[Hashable, Any]]:

@@ -60,6 +60,10 @@ class BeforeAndAfter:
             self.before.write(self._folder() / "before")
         assistant.forget()
 
+    def is_written(self) -> bool:
+        """The page stands already; it is the last thing that a run writes."""
+        return (self._folder() / PAGE_FILE).is_file()
+
     def finish(self, run: Run, command: str) -> Evaluation:
         """Evaluate the trained model; write report.json, predictions.jsonl and report.html into the run's folder."""
         assert run.assistant is not None
@@ -68,7 +72,10 @@ class BeforeAndAfter:
         evaluation.write(run.folder)
         if self.before is None and (self._folder() / "before").is_dir():
             self.before = Evaluation.read(self._folder() / "before")
-        curves = {"training loss": smoothed(run.curve), "validation loss": run.validation}
+        curves: dict[str, Sequence[tuple[float, float]]] = {
+            "training loss": smoothed(run.curve),
+            "validation loss": run.validation,
+        }
         write_page(
             run.folder / PAGE_FILE,
             evaluation,

@@ -62,7 +62,8 @@ def attention_argument(
         return mask(window)
     if unknown := set(types) - {"full_attention", "sliding_attention"}:
         raise ValueError(
-            f"{config.model_type} has layers of type {sorted(unknown)[0]!r}, which cannot be packed; set data.packing=false"
+            f"{config.model_type} has layers of type {sorted(unknown)[0]!r}, which cannot be packed; "
+            "set data.packing=false"
         )
     if "sliding_attention" not in types:
         return mask(None)

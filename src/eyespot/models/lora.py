@@ -41,7 +41,7 @@ def add_lora(module: nn.Module, settings: Mapping[str, Any]) -> None:
     for name, child in module.named_modules():
         if "lora_" in name:
             # transformers would draw B anew together with the whole model, but a new adapter must change nothing
-            child._is_hf_initialized = True  # type: ignore[assignment]
+            child._is_hf_initialized = True
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # bfloat16 masters would round small optimizer steps to zero

@@ -21,21 +21,20 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from eyespot.models.attention import attention_argument
-from eyespot.models.language import gpt as _gpt  # noqa: F401  registers our language model with transformers
 from eyespot.models.lora import add_lora, is_adapter
 from eyespot.models.loss import causal_loss, head_logits
 from eyespot.models.merge import merge, padding_to_the_left, placeholder_mask, positions_from_mask
 from eyespot.models.vision.pretrained import vision_from_config
-from eyespot.registry import CONNECTORS
+from eyespot.registry import CONNECTORS, LANGUAGES, VISION
 
 PARTS = ("vision", "connector", "language")
 TrainMode = Literal["frozen", "full", "lora"]
 
 
-class VLMConfig(PreTrainedConfig):  # type: ignore[misc]
+class VLMConfig(PreTrainedConfig):
     """What a VLM is made of.
 
     Args:
@@ -75,13 +74,15 @@ class VLMConfig(PreTrainedConfig):  # type: ignore[misc]
         self.connector = dict(self.connector or {"name": "linear"})
         # transformers resets the attention kernel of sub-configurations; ready parts keep theirs
         kernels = [getattr(part, "_attn_implementation", None) for part in (self.vision_config, self.text_config)]
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         if kwargs.get("attn_implementation") is None:
             self.vision_config._attn_implementation, self.text_config._attn_implementation = kernels
 
 
 def _as_config(config: Any) -> Any:
     if isinstance(config, dict):
+        VISION.load_all()
+        LANGUAGES.load_all()
         values = dict(config)
         return AutoConfig.for_model(values.pop("model_type"), **values)
     return config
@@ -99,7 +100,7 @@ class VLMOutput(ModelOutput):
     image_embeds: Tensor | None = None
 
 
-class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class VLM(PreTrainedModel, GenerationMixin):
     """A vision-language model as an ordinary model of transformers.
 
     ``vision``, ``connector`` and ``language`` may be handed in ready; left out, they are built from the configuration
@@ -109,7 +110,7 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     config_class = VLMConfig
     config: VLMConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -131,7 +132,7 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             {r"\.lora_[AB]\."} if config.lora else set()
         )
         self._language_inputs = set(inspect.signature(self.language.base_model.forward).parameters)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def vision_dim(self) -> int:
@@ -159,7 +160,8 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.language.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.language.get_output_embeddings()
+        head: nn.Module = self.language.get_output_embeddings()
+        return head
 
     def get_decoder(self) -> nn.Module:
         return self.language.base_model
@@ -292,7 +294,7 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -310,13 +312,14 @@ class VLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            return super().generate(input_ids, **kwargs)
+            return super().generate(input_ids, **kwargs)  # type: ignore[misc]
         if (mask := kwargs.get("attention_mask")) is not None and kwargs.get("position_ids") is None:
             input_ids, kwargs["attention_mask"] = padding_to_the_left(input_ids, mask)
         image_embeds = None
         if pixel_values is not None or image_features is not None:
             image_embeds = self.embed_images(pixel_values, image_features)
-        return super().generate(input_ids, inputs_embeds=self.embed(input_ids, image_embeds), **kwargs)
+        inputs_embeds = self.embed(input_ids, image_embeds)
+        return super().generate(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
     # --- training ----------------------------------------------------------------------------------------------
 

@@ -194,13 +194,13 @@ def _read(path: str | os.PathLike[str], name: str) -> bytes:
     if os.fspath(path).startswith(("http://", "https://")):
         raise ImageError(f"{name} is a URL, not a file; get it with fetch_image first")
     try:
-        mode = os.stat(path).st_mode
+        mode = os.stat(path).st_mode  # noqa: PTH116  Path would read "" as the current folder
         if stat.S_ISDIR(mode):
             raise ImageError(f"{name} is a folder; give the path of a picture file")
         # A device or a pipe could keep us reading for ever.
         if not stat.S_ISREG(mode):
             raise ImageError(f"{name} is not a regular file; give the path of a picture file")
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             return file.read()
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist; check the path") from None
@@ -329,7 +329,7 @@ def _write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        Path(partial).unlink()
         raise
 
 

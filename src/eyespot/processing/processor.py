@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Encoded:
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
-class Processor(ProcessorMixin):  # type: ignore[misc]
+class Processor(ProcessorMixin):
     """An image processor, a tokenizer and a chat template.
 
     Args:
@@ -76,7 +76,9 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
         self.image_mode = image_mode
         self.add_bos = add_bos
         self.template_kwargs = template_kwargs or {}
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or TEMPLATES["plain"])
+        super().__init__(  # type: ignore[no-untyped-call]
+            image_processor, tokenizer, chat_template=chat_template or TEMPLATES["plain"]
+        )
 
     # --- words -------------------------------------------------------------------------------------------------
 
@@ -120,7 +122,7 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         specials = {name: token for name in names if (token := getattr(self.tokenizer, name)) is not None}
         make = training_spans if training else prompt_spans
-        spans = make(messages, self.chat_template, {**specials, **self.template_kwargs})
+        spans = make(messages, cast(str, self.chat_template), {**specials, **self.template_kwargs})
         if self.image_mode == "prefix":
             spans = sorted(spans, key=lambda span: span.kind != "image")
         return spans
@@ -157,7 +159,7 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
     def _template_tokens(self) -> re.Pattern[str]:
         """Where a typed text would match an added token that the template uses but that is not marked as special."""
         probe = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-        written = self.chat_template + "".join(span.text for span in self._spans(probe, training=True))
+        written = str(self.chat_template) + "".join(span.text for span in self._spans(probe, training=True))
         found = [
             re.escape(token.content)
             for token in self.tokenizer.added_tokens_decoder.values()
@@ -221,7 +223,7 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
         batch = self.prompt_ids(conversations)
         if images := [image for row, _ in conversations for image in row]:
             batch["pixel_values"] = self.pixel_values(images)
-        return BatchFeature(batch)
+        return batch
 
     def prompt_ids(self, conversations: Sequence[tuple[Sequence[Any], Sequence[Message]]]) -> BatchFeature:
         """The words of ``prompt_batch`` without its pixels: input_ids and attention_mask int64 [B, T]."""
@@ -252,7 +254,9 @@ class Processor(ProcessorMixin):  # type: ignore[misc]
             batch["pixel_values"] = self.pixel_values(pictures)
         return BatchFeature(batch)
 
-    def apply_chat_template(self, conversation: Any, tokenize: bool = False, **kwargs: Any) -> Any:
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, tokenize: bool = False, **kwargs: Any
+    ) -> Any:
         """transformers' name for prompts from messages; pictures come from the parts' ``image``, ``path`` or ``url``.
 
         Returns text with ``<image>`` marks, or with ``tokenize=True`` the batch that ``generate`` takes.

@@ -22,7 +22,7 @@ from eyespot.config import ConfigError, DataSettings, TrainerSettings, TrainSett
 from eyespot.data import sources
 from eyespot.data.sample import LoadReport, Sample
 from eyespot.devices import choose_device, has_fast_bfloat16
-from eyespot.inference import Assistant
+from eyespot.inference import Assistant, load
 from eyespot.models.parameters import parameter_table
 from eyespot.registry import closest
 
@@ -33,7 +33,10 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass
 class Run:
-    """What a run left behind; samples and seconds are those of training alone. finished is False when it was stopped; the same command goes on from its checkpoint."""
+    """What a run left behind; samples and seconds are those of training alone.
+
+    finished is False when the run was stopped; the same command goes on from its checkpoint.
+    """
 
     folder: Path
     settings: TrainSettings
@@ -57,6 +60,7 @@ def compose_settings(overrides: Sequence[str]) -> TrainSettings:
     Raises:
         ConfigError: unknown recipe, group, key or value.
     """
+    import yaml
     from hydra import compose, initialize_config_module
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -89,7 +93,7 @@ def compose_settings(overrides: Sequence[str]) -> TrainSettings:
             # which keys exist is said by the typed settings below; a mapping replaces what was there
             OmegaConf.update(composed, parsed.key_or_group, parsed.value(), merge=False, force_add=True)
         composed_values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_one_line(error)) from error
     settings = from_dict(TrainSettings, composed_values)  # type: ignore[arg-type]
     check_settings(settings)
@@ -173,11 +177,24 @@ def find_resume(folder: Path, settings: TrainSettings, fresh: bool) -> Path | No
     earlier, now = json.loads(record.read_text()), json.loads(json.dumps(to_dict(settings)))
     if earlier != now:
         raise ConfigError(
-            f"{str(folder)!r} holds an interrupted run with another {_first_difference(earlier, now)}; use its settings "
-            "to go on, another name=..., or --fresh to start over"
+            f"{str(folder)!r} holds an interrupted run with another {_first_difference(earlier, now)}; use its "
+            "settings to go on, another name=..., or --fresh to start over"
         )
     checkpoints = sorted(p for p in (folder / "checkpoints").glob("step-*") if (p / "resume.ckpt").is_file())
     return checkpoints[-1] if checkpoints else None
+
+
+def finished_run(settings: TrainSettings) -> Run | None:
+    """The run of these settings if its training is finished, with the model loaded; None if it is not."""
+    folder = Path(settings.output_dir) / settings.name
+    if not (folder / "model" / RECORD_FILE).is_file():
+        return None
+    record = json.loads((folder / "model" / RECORD_FILE).read_text())
+    curve, validation = ([(int(step), float(value)) for step, value in record[key]] for key in ("curve", "validation"))
+    return Run(
+        folder, settings, True, record["steps"], record["samples"], record["seconds"], curve, validation, None,
+        load(folder / "model", settings.trainer.device),
+    )  # fmt: skip
 
 
 def _first_difference(a: Any, b: Any, where: str = "") -> str:
@@ -285,7 +302,7 @@ def _fit(
         num_sanity_val_steps=0,
         callbacks=[reporter, answers, checkpoints],
         logger=_loggers(settings, folder),
-        log_every_n_steps=trainer_settings.log_every,
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -306,8 +323,8 @@ def _fit(
         }  # fmt: skip
         save_whole(model, processor, folder / "model", record)
     return Run(
-        folder, settings, finished, trainer.global_step, reporter.samples_seen, reporter.seconds, reporter.curve, reporter.validation,
-        checkpoints.stopped_by, Assistant(model, processor, str(device)),
+        folder, settings, finished, trainer.global_step, reporter.samples_seen, reporter.seconds, reporter.curve,
+        reporter.validation, checkpoints.stopped_by, Assistant(model, processor, str(device)),
     )  # fmt: skip
 
 

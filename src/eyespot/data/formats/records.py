@@ -69,8 +69,8 @@ def image_file(name: object, folder: str | os.PathLike[str]) -> str:
     """
     if not isinstance(name, str) or not name:
         raise BadRecord("image is not a file name", repr(name)[:80])
-    path = os.path.join(folder, name)
+    path = os.path.join(folder, name)  # noqa: PTH118  Path would spell the name anew
     # A name with a NUL character is a name of no file, and older Pythons raise for it.
-    if "\0" in path or not os.path.isfile(path):
+    if "\0" in path or not os.path.isfile(path):  # noqa: PTH113  Path.is_file raises for a long name
         raise BadRecord("image file is missing", repr(path))
     return path

@@ -73,7 +73,7 @@ def sha256(path: Path) -> str:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Write the GGUF's model and tokenizer as a bfloat16 transformers folder; the folder appears whole or not at all."""
+    """Write the GGUF's model and tokenizer as a bfloat16 transformers folder, which appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -81,14 +81,18 @@ def unpack(path: Path, folder: Path) -> None:
         _forget_quantization(model)
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
-        os.replace(partial, folder)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     # transformers marks the unpacked model as quantized and then refuses to save or train it
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     for owner, names in ((model.config, ["quantization_config"]), (model, ["is_quantized", "quantization_method"])):
         for name in names:
             owner.__dict__.pop(name, None)

@@ -163,7 +163,7 @@ class GPTMLP(nn.Module):
         return output
 
 
-class GPTLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
+class GPTLayer(GradientCheckpointingLayer):
     """Attention and MLP, each normalised before and added after. Source: the GPT-2 report, section 2.3."""
 
     def __init__(self, config: EyespotGPTConfig, layer_idx: int) -> None:
@@ -180,8 +180,8 @@ class GPTLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
     ) -> Tensor:
         mixed, _ = self.attention(self.attention_norm(x), attention_mask, past_key_values, **kwargs)
         x = x + self.dropout(mixed)
-        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x
+        output: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return output
 
 
 def positions(attention_mask: Tensor | None, num_past: int, length: int, device: torch.device) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +24,7 @@ def load_language(
         ValueError: nothing can be loaded from ``source``, or some of its weights are missing.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -33,5 +35,6 @@ def load_language(
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"language model {source!r} is neither a readable folder nor a Hub name ({first})") from error
+    model, info = loaded
     check_complete(model, info, source)
     return model, tokenizer

@@ -88,7 +88,7 @@ class ConvStem(nn.Module):
         return output
 
 
-class ResidualBlock(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
+class ResidualBlock(GradientCheckpointingLayer):
     """Two 3x3 convolutions beside a shortcut. Source: arXiv 1512.03385, figure 2 and shortcut option B."""
 
     def __init__(self, in_width: int, width: int, stride: int, groups: int, eps: float) -> None:
@@ -112,8 +112,9 @@ def conv_stage(config: EyespotConvNetConfig, index: int) -> nn.Sequential:
     """The blocks of one stage; the first block changes the width and, except in stage 0, halves the grid."""
     width, in_width = config.hidden_sizes[index], config.hidden_sizes[max(index - 1, 0)]
     blocks = [ResidualBlock(in_width, width, 1 if index == 0 else 2, config.groups, config.group_norm_eps)]
-    for _ in range(config.depths[index] - 1):
-        blocks.append(ResidualBlock(width, width, 1, config.groups, config.group_norm_eps))
+    blocks += [
+        ResidualBlock(width, width, 1, config.groups, config.group_norm_eps) for _ in range(config.depths[index] - 1)
+    ]
     return nn.Sequential(*blocks)
 
 

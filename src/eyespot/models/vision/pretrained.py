@@ -12,9 +12,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from eyespot.models.loading import check_complete
-from eyespot.models.vision import convnet as _convnet  # noqa: F401  registers our encoders with transformers
-from eyespot.models.vision import efficientnet_lite as _efficientnet_lite  # noqa: F401
-from eyespot.models.vision import vit as _vit  # noqa: F401
 
 
 def vision_from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -35,7 +32,7 @@ def load_vision(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     try:
         config = AutoConfig.from_pretrained(source)
         config = getattr(config, "vision_config", config)
-        model_class = AutoModel._model_mapping[type(config)]
+        model_class: Any = AutoModel._model_mapping[type(config)]
         loaded = model_class.from_pretrained(
             source,
             config=config,
@@ -53,7 +50,8 @@ def load_vision(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
     """Remove what only makes one vector of a picture: it would be counted, kept and saved, but never used."""
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if isinstance(getattr(module, "pooler", None), nn.Module):
             module.pooler = None
         if hasattr(module, "use_head") and isinstance(getattr(module, "head", None), nn.Module):

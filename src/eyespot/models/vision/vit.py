@@ -144,7 +144,7 @@ class ViTMLP(nn.Module):
         return output
 
 
-class ViTLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
+class ViTLayer(GradientCheckpointingLayer):
     """Attention and MLP, each normalised before and added after. Source: arXiv 2010.11929, equations 2 and 3."""
 
     def __init__(self, config: EyespotViTConfig) -> None:
@@ -158,8 +158,8 @@ class ViTLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x)))
-        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x
+        output: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return output
 
 
 class EyespotViTModel(PreTrainedModel):
@@ -200,7 +200,7 @@ class EyespotViTModel(PreTrainedModel):
                 init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
 
     # Ties nothing: the last hidden state in the list is the one before the last norm, as in transformers' ViT.
-    @capture_outputs(tie_last_hidden_states=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    @capture_outputs(tie_last_hidden_states=False)  # type: ignore[untyped-decorator]
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Encode pictures.
 

@@ -1,0 +1,134 @@
+"""The assistant: one path for asking, streaming, evaluating."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eyespot
+from eyespot.devices import choose_device, has_fast_bfloat16
+from eyespot.inference import Assistant, user_turn
+
+VISION = {"name": "vit", "args": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1,
+                                  "num_attention_heads": 2}, "train": "full"}  # fmt: skip
+LANGUAGE = {"name": "gpt", "args": {"max_position_embeddings": 128, "hidden_size": 32, "num_hidden_layers": 1,
+                                    "num_attention_heads": 2}, "train": "full"}  # fmt: skip
+
+
+@pytest.fixture
+def assistant() -> Assistant:
+    torch.manual_seed(0)
+    model, processor = eyespot.build(VISION, {"name": "mlp"}, LANGUAGE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape) * 0.35)  # so that other pictures get other answers
+    return Assistant(model, processor, "cpu")
+
+
+def picture(color: str) -> Image.Image:
+    return Image.new("RGB", (20, 16), color)
+
+
+@pytest.fixture
+def counted(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of pictures that reached the encoder."""
+    seen: list[int] = []
+    encode = assistant.model.encode_images
+
+    def count(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(assistant.model, "encode_images", count)
+    return seen
+
+
+def test_an_answer_depends_on_the_picture_and_the_question(assistant: Assistant) -> None:
+    asked = {assistant.ask(picture(c), q, max_new_tokens=8) for c in ("red", "blue") for q in ("a?", "b?")}
+    assert len(asked) == 4
+
+
+def test_a_batch_answers_like_one_at_a_time(assistant: Assistant) -> None:
+    pictures = [[picture("red")], [], [picture("blue"), picture("green")], [picture("blue")]]
+    questions = ["what?", "and now a longer question without a picture?", "both?", "?"]
+    conversations = [(p, user_turn(p, q)) for p, q in zip(pictures, questions, strict=True)]
+    together = assistant.answer_batch(conversations, max_new_tokens=8)
+    assert together == [assistant.answer_batch([c], max_new_tokens=8)[0] for c in conversations]
+
+
+def test_streaming_equals_the_whole_answer(assistant: Assistant) -> None:
+    whole = assistant.ask(picture("red"), "what?", max_new_tokens=12)
+    assert "".join(assistant.stream(picture("red"), "what?", max_new_tokens=12)).strip() == whole
+
+
+def test_a_picture_is_encoded_once(assistant: Assistant, counted: list[int], tmp_path: Path) -> None:
+    picture("red").save(tmp_path / "red.png")
+    path, data = str(tmp_path / "red.png"), (tmp_path / "red.png").read_bytes()
+    for source in (path, path, data, data, picture("red"), picture("red")):
+        assistant.ask(source, "what?", max_new_tokens=2)
+    assert counted == [1, 1, 1]
+    assistant.ask([path, picture("blue"), path], "what?", max_new_tokens=2)
+    assert counted == [1, 1, 1, 1]
+    assistant.forget()
+    assistant.ask(path, "what?", max_new_tokens=2)
+    assert counted[-1] == 1 and len(counted) == 5
+
+
+def test_a_file_that_changed_is_encoded_again(assistant: Assistant, counted: list[int], tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    picture("red").save(file)
+    first = assistant.ask(str(file), "what?", max_new_tokens=8)
+    Image.new("RGB", (33, 21), "blue").save(file)
+    assert assistant.ask(str(file), "what?", max_new_tokens=8) != first
+    assert counted == [1, 1]
+
+
+def test_memory_of_pictures_is_bounded(
+    assistant: Assistant, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = assistant.features([picture("red")])
+    monkeypatch.setattr("eyespot.inference.FEATURE_BYTES", 2 * one.nbytes)
+    for color in ("green", "blue", "white"):
+        assistant.features([picture(color)])
+    assert len(assistant._features) == 2
+    assistant.features([picture("red")])
+    assert len(counted) == 5
+
+
+def test_errors_of_the_streaming_thread_arrive(assistant: Assistant) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        list(assistant.stream("nowhere.png", "what?"))
+
+
+def test_a_picture_from_bytes(assistant: Assistant) -> None:
+    buffer = io.BytesIO()
+    picture("red").save(buffer, "PNG")
+    asked = [assistant.ask(p, "q?", max_new_tokens=6) for p in (buffer.getvalue(), picture("red"))]
+    assert asked[0] == asked[1]
+
+
+def test_load_keeps_answers_and_checks_devices(assistant: Assistant, tmp_path: Path) -> None:
+    eyespot.save(assistant.model, assistant.processor, tmp_path / "m")
+    loaded = eyespot.load(tmp_path / "m", device="cpu")
+    assert loaded.ask(picture("red"), "q?") == assistant.ask(picture("red"), "q?")
+    with pytest.raises(ValueError, match="device 'tpu' is not available on this machine; available: "):
+        eyespot.load(tmp_path / "m", device="tpu")
+    assert eyespot.load(tmp_path / "m", device="cpu", dtype="bfloat16").model.compute_dtype == torch.bfloat16
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    assert has_fast_bfloat16(torch.device("mps")) is False
+    assert has_fast_bfloat16(torch.device("cpu")) in (True, False)
+
+
+def test_public_names() -> None:
+    assert {"load", "build", "save", "train", "evaluate", "VLM", "Processor", "Sample"} <= set(dir(eyespot))
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        eyespot.laod  # noqa: B018
