@@ -117,12 +117,12 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     from eyespot.evaluation.finish import BeforeAndAfter
     from eyespot.training.module import TrainingStopped
-    from eyespot.training.run import compose_settings, finished_run
+    from eyespot.training.run import compose_settings, finished_run, is_first_process
     from eyespot.training.run import train as run_training
 
     settings = compose_settings(options.overrides)
     console = Console(stderr=True)
-    closing = BeforeAndAfter(settings) if settings.evaluation.run else None
+    closing = BeforeAndAfter(settings) if settings.evaluation.run and is_first_process() else None
     command = shlex.join(["eyespot", *words])
     try:
         unreported = closing is not None and not options.fresh and not closing.is_written()
@@ -133,6 +133,8 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
     except TrainingStopped as error:
         print(f"eyespot train: {error}", file=sys.stderr)
         return 1
+    if not is_first_process():
+        return 0
     if not run.finished:
         resume = shlex.join(["eyespot", *(word for word in words if word != "--fresh")])
         print(f"stopped by {run.stopped_by} at step {run.steps}, saved; to go on: {resume}")

@@ -109,7 +109,7 @@ class SampleAnswers(lightning.Callback):
         self.file, self.console = file, console
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not self.samples or trainer.global_step % self.every:
+        if not self.samples or trainer.global_step % self.every or not trainer.is_global_zero:
             return
         asked = [(sample.images, question_of(sample)) for sample in self.samples]
         state = random_state()
@@ -187,7 +187,8 @@ class Checkpoints(lightning.Callback):
         pl_module.last_good = str(last)
         best = sorted(self.scores, key=lambda name: self.scores[name])[: self.keep_best]
         self.scores = {name: self.scores[name] for name in best}
-        self.writer.keep_only({last, *(self.writer.folder / name for name in best)})
+        if trainer.is_global_zero:
+            self.writer.keep_only({last, *(self.writer.folder / name for name in best)})
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         for number, handler in self._handlers.items():

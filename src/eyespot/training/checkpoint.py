@@ -64,22 +64,27 @@ class CheckpointWriter:
 
     def write(self, step: int, trainer: Any) -> Path:
         """Write the checkpoint of a step; returns its folder."""
-        from safetensors.torch import save_file
-
         target = self.folder / f"step-{step:07d}"
         partial = self.folder / f".partial-{step:07d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        self.model.config.save_pretrained(partial)
-        self.model.generation_config.save_pretrained(partial)
-        for file in self.processor_folder.iterdir():
-            link_or_copy(file, partial / file.name)
-        save_file(trained_tensors(self.model), partial / TRAINED_FILE)
-        (partial / CHECKPOINT_FILE).write_text(json.dumps({**self.record, "step": step}, indent=2))
-        trainer.save_checkpoint(partial / RESUME_FILE, weights_only=False)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        if trainer.is_global_zero:
+            self._write_files(partial, step)
+        trainer.save_checkpoint(partial / RESUME_FILE, weights_only=False)  # every process takes part
+        if trainer.is_global_zero:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
         return target
+
+    def _write_files(self, folder: Path, step: int) -> None:
+        from safetensors.torch import save_file
+
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+        for file in self.processor_folder.iterdir():
+            link_or_copy(file, folder / file.name)
+        save_file(trained_tensors(self.model), folder / TRAINED_FILE)
+        (folder / CHECKPOINT_FILE).write_text(json.dumps({**self.record, "step": step}, indent=2))
 
     def steps(self) -> list[Path]:
         """Whole checkpoints, oldest first."""

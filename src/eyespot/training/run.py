@@ -29,6 +29,7 @@ from eyespot.registry import closest
 BeforeTraining = Callable[[Assistant], None]
 RECORD_FILE = "training.json"
 SETTINGS_FILE = "settings.json"
+CALIBRATION_SAMPLES = 32
 
 
 @dataclass
@@ -140,19 +141,27 @@ def train(
     device = choose_device(settings.trainer.device)
     settings = replace(settings, model=with_dtypes(settings.model, device))
     console = console or Console(stderr=True)
+    if not is_first_process():
+        console = Console(quiet=True)
     folder = Path(settings.output_dir) / settings.name
     resume = find_resume(folder, settings, fresh)
     _quiet()
     train_samples, validation, report = load_data(settings.data, settings.trainer.seed)
-    if resume is None and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / SETTINGS_FILE, to_dict(settings))
-    (folder / "data_report.txt").write_text(report.summary() + "\n", encoding="utf-8")
+    if is_first_process():
+        if resume is None and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / SETTINGS_FILE, to_dict(settings))
+        (folder / "data_report.txt").write_text(report.summary() + "\n", encoding="utf-8")
     console.print(f"data: {len(train_samples)} training and {len(validation)} validation samples")
     if report.rejected:
         console.print(report.summary(), markup=False)
     return _fit(settings, folder, resume, train_samples, validation, before_training, console)
+
+
+def is_first_process() -> bool:
+    """False in the further processes that Lightning starts, one for each further device; they write nothing."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def find_resume(folder: Path, settings: TrainSettings, fresh: bool) -> Path | None:
@@ -259,7 +268,7 @@ def _fit(
     row_length = settings.data.row_length if settings.data.packing else None
     collator = Collator(processor, trainer_settings.accumulate, settings.data.max_length, row_length)
     if resume is None:
-        calibrate(model, collator([train_samples[: trainer_settings.batch_size]]).batches, console)
+        calibrate(model, collator([train_samples[:CALIBRATION_SAMPLES]]).batches, console)
     else:
         load_trained(model, resume)
         model.config.image_scale = json.loads((resume / "config.json").read_text())["image_scale"]
@@ -278,10 +287,11 @@ def _fit(
     )
     num_steps = min(data.sampler.num_steps, trainer_settings.max_steps or data.sampler.num_steps)
     assistant = Assistant(model, processor, str(device))
-    if resume is None and before_training is not None:
+    if resume is None and before_training is not None and is_first_process():
         before_training(assistant)
         lightning.seed_everything(trainer_settings.seed, verbose=False)
-    processor.save_pretrained(folder / "processor")
+    if is_first_process():
+        processor.save_pretrained(folder / "processor")
     writer = CheckpointWriter(
         folder / "checkpoints", model, settings.model, trainer_settings.seed, folder / "processor"
     )
@@ -294,6 +304,8 @@ def _fit(
     trainer = lightning.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=trainer_settings.devices,
+        # a device whose samples have no picture leaves the connector unused
+        strategy="ddp_find_unused_parameters_true" if trainer_settings.devices > 1 else "auto",
         precision=precision_of(trainer_settings, device),  # type: ignore[arg-type]
         max_epochs=1,
         max_steps=num_steps,
@@ -321,7 +333,8 @@ def _fit(
             "settings": to_dict(settings), "steps": trainer.global_step, "samples": reporter.samples_seen,
             "seconds": reporter.seconds, "curve": reporter.curve, "validation": reporter.validation,
         }  # fmt: skip
-        save_whole(model, processor, folder / "model", record)
+        if trainer.is_global_zero:
+            save_whole(model, processor, folder / "model", record)
     return Run(
         folder, settings, finished, trainer.global_step, reporter.samples_seen, reporter.seconds, reporter.curve,
         reporter.validation, checkpoints.stopped_by, Assistant(model, processor, str(device)),
