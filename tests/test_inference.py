@@ -54,7 +54,10 @@ def counted(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_an_answer_depends_on_the_picture_and_the_question(assistant: Assistant) -> None:
-    for first, second in (((picture("red"), "a?"), (picture("blue"), "a?")), ((picture("red"), "a?"), (picture("red"), "!"))):
+    for first, second in (
+        ((picture("red"), "a?"), (picture("blue"), "a?")),
+        ((picture("red"), "a?"), (picture("red"), "!")),
+    ):
         assert assistant.ask(*first, max_new_tokens=8) != assistant.ask(*second, max_new_tokens=8)
 
 

@@ -21,9 +21,21 @@ COMMON = ["data.limit=40", "data.validation_share=0.2", "data.share=1", "trainer
 
 def test_two_processes_give_the_weights_of_one(run: Callable[..., Run], tmp_path: Path) -> None:
     one = run("one", *COMMON, "trainer.batch_size=8")
-    command = [sys.executable, "-W", "ignore", "-m", "eyespot", "train", "recipe=smoke", "name=two", f"output_dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "eyespot",
+        "train",
+        "recipe=smoke",
+        "name=two",
+        f"output_dir={tmp_path}",
+    ]
     command += [*COMMON, "trainer.batch_size=4", "trainer.devices=2", "trainer.device=cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")
     for name, tensor in load_file(one.model_folder / "model.safetensors").items():
