@@ -386,11 +386,14 @@ def build_gpt(
     layer_norm_eps: float = 1e-5,
     dropout: float = 0.0,
     tie_word_embeddings: bool = True,
+    initializer_range: float = 0.02,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> EyespotGPTForCausalLM:
     """A causal language model with random weights; the names are those of `EyespotGPTConfig`.
+
+    initializer_range suits a width of 768; a narrow model learns sooner with about 1 / sqrt(hidden_size).
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -405,6 +408,7 @@ def build_gpt(
         layer_norm_eps=layer_norm_eps,
         dropout=dropout,
         tie_word_embeddings=tie_word_embeddings,
+        initializer_range=initializer_range,
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
