@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from eyespot.data import sources
 from eyespot.data.sample import LoadReport, Rejected, Sample
 from eyespot.data.sources import load, split_by_image, stream
-from eyespot.processing.images import ImageError
+from eyespot.processing.images import ImageError, content_hash
 from eyespot.registry import Registry
 
 
@@ -111,6 +110,20 @@ def ids(samples: list[Sample]) -> list[str]:
 
 
 class TestSplitByImage:
+    def test_a_broken_picture_is_an_error_or_a_rejected_sample(self, tmp_path: Path) -> None:
+        samples = []
+        for number in range(4):
+            PIL.Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"{number}.png")
+            samples.append(Sample.question(str(number), str(tmp_path / f"{number}.png"), "q", "a"))
+        (tmp_path / "2.png").write_bytes(b"no picture")
+        with pytest.raises(ImageError, match=r"2\.png"):
+            split_by_image(samples, 0.4, seed=0)
+        report = LoadReport(accepted=4)
+        kept, held_out = split_by_image(samples, 0.4, seed=0, report=report)
+        assert sorted(sample.id for sample in [*kept, *held_out]) == ["0", "1", "3"]
+        assert report.accepted == 3
+        assert [(r.id, r.reason) for r in report.rejected] == [("2", "a picture cannot be opened")]
+
     def test_one_picture_under_many_names_stays_together(self, tmp_path: Path) -> None:
         samples = []
         for seed in range(20):
@@ -188,15 +201,21 @@ class TestSplitByImage:
         with pytest.raises(ImageError, match=r"'/no/such\.png' does not exist"):
             split_by_image([*same, broken], 0.5, 0)
 
-    def test_four_thousand_small_files_take_seconds(self, tmp_path: Path) -> None:
-        base = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    def test_each_of_many_files_is_decoded_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        base = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         samples = []
-        for number in range(4_000):
+        for number in range(400):
             base[0, 0, 0], base[0, 0, 1] = number % 256, number // 256
             path = tmp_path / f"{number}.bmp"
             PIL.Image.fromarray(base).save(path)
             samples += [Sample.question(f"{number}-{n}", str(path), "what?", "dots") for n in range(5)]
-        start = time.perf_counter()
+        decoded: list[Any] = []
+
+        def counted(image: Any) -> str:
+            decoded.append(image)
+            return content_hash(image)
+
+        monkeypatch.setattr("eyespot.processing.images.content_hash", counted)
         kept, held_out = split_by_image(samples, 0.1, seed=0)
-        assert time.perf_counter() - start < 20
-        assert (len(kept), len(held_out)) == (18_000, 2_000)
+        assert len(decoded) == 400
+        assert (len(kept), len(held_out)) == (1_800, 200)

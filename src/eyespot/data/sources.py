@@ -56,7 +56,9 @@ def stream(format: str, report: LoadReport | None = None, **options: Any) -> Ite
     return _accepted(records, report) if report is not None else _logged(records)
 
 
-def split_by_image(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+def split_by_image(
+    samples: Sequence[Sample], fraction: float, seed: int, report: LoadReport | None = None
+) -> tuple[list[Sample], list[Sample]]:
     """Split so that no picture is on both sides, whatever its file is called; order is kept.
 
     Samples are tied together if they share a picture (by content), or a group that is not empty; samples without
@@ -67,17 +69,18 @@ def split_by_image(samples: Sequence[Sample], fraction: float, seed: int) -> tup
         samples: at least two that are not tied together.
         fraction: share of the tied sets of samples that is held out, above 0 and below 1; each side gets at least one.
         seed: another seed gives another split.
+        report: takes the samples whose pictures cannot be opened, which are then left out.
 
     Returns:
         The samples kept, and those held out.
 
     Raises:
-        ImageError: a picture cannot be opened.
+        ImageError: a picture cannot be opened, and there is no report.
         ValueError: fraction out of its range, or too few pictures.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is {fraction}; give a number above 0 and below 1")
-    identities = _identities(samples)
+    samples, identities = _identified(samples, report)
     roots = _tie(identities)
     ties = sorted(set(roots.values()), key=lambda root: hashlib.sha256(f"{seed}:{root}".encode()).digest())
     if len(ties) < 2:
@@ -150,27 +153,40 @@ def _with_progress(samples: Iterator[Sample], description: str, total: int | Non
         progress.stop()
 
 
-def _identities(samples: Sequence[Sample]) -> list[list[str]]:
-    """For every sample what it shares with others of its side; never empty."""
+def _identified(samples: Sequence[Sample], report: LoadReport | None) -> tuple[list[Sample], list[list[str]]]:
+    """Samples whose pictures open, and for each what it shares with others of its side; never empty."""
     # Late, because it brings transformers and torch, which reading text and names does not need.
-    from eyespot.processing.images import content_hash
+    from eyespot.processing.images import ImageError, content_hash
 
-    hashes: dict[str | bytes | int, str] = {}
+    hashes: dict[str | bytes | int, str | ImageError] = {}
 
     def picture(image: ImageSource) -> str:
         # Many questions share a picture; the samples keep Pillow images alive, so their addresses are unique.
         key = id(image) if isinstance(image, PIL.Image.Image) else image
         if key not in hashes:
-            hashes[key] = f"picture:{content_hash(image)}"
-        return hashes[key]
+            try:
+                hashes[key] = f"picture:{content_hash(image)}"
+            except ImageError as error:
+                hashes[key] = error
+        if isinstance(found := hashes[key], ImageError):
+            raise found
+        return found
 
-    identities = []
+    usable, identities = [], []
     for sample in samples:
-        own = [picture(image) for image in sample.images]
+        try:
+            own = [picture(image) for image in sample.images]
+        except ImageError as error:
+            if report is None:
+                raise
+            report.accepted -= 1
+            report.rejected.append(Rejected(sample.id, "a picture cannot be opened", str(error)))
+            continue
         if sample.group:
             own.append(f"group:{sample.group}")
+        usable.append(sample)
         identities.append(own or [f"id:{sample.id}"])
-    return identities
+    return usable, identities
 
 
 def _tie(identities: list[list[str]]) -> dict[str, str]:

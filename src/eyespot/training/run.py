@@ -226,7 +226,7 @@ def load_data(settings: DataSettings, seed: int) -> tuple[list[Sample], list[Sam
         raise ConfigError(f"no usable training sample; {report.summary()}")
     if settings.validation_share == 0:
         return samples, [], report
-    train_samples, validation = sources.split_by_image(samples, settings.validation_share, seed)
+    train_samples, validation = sources.split_by_image(samples, settings.validation_share, seed, report)
     if not train_samples:
         raise ConfigError(
             f"no training sample is left beside validation_share={settings.validation_share}; lower it or add data"
