@@ -241,3 +241,15 @@ def test_what_does_not_belong_together_is_refused(fakes: SimpleNamespace, sample
         write_page(tmp_path / "page.html", result, title="T", samples=samples[:2])
     with pytest.raises(ValueError, match="different keys"):
         write_page(tmp_path / "page.html", result, title="T", model_card={"parts": [{"a": 1}, {"b": 2}]})
+
+
+@pytest.mark.parametrize(
+    ("controls", "words"),
+    [(("blind",), "removed"), (("shuffled",), "exchanged"), (("blind", "shuffled"), "removed or exchanged")],
+)
+def test_the_verdict_names_only_controls_that_were_run(
+    samples: list[Any], fakes: SimpleNamespace, tmp_path: Path, controls: tuple[str, ...], words: str
+) -> None:
+    seen = evaluate(fakes.Seeing(), samples, name="c", controls=controls)
+    text = " ".join(Page(write_page(tmp_path / "page.html", seen, title="t")).words)
+    assert f"with the picture {words} are answered clearly worse" in text

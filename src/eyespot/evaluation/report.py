@@ -258,7 +258,10 @@ def _verdict(evaluation: Evaluation) -> str:
         words = "Neither the blind nor the shuffled control was run, so this score may owe nothing to the pictures."
     elif evaluation.sees:
         kind, heading = "right", "✓ It sees."
-        words = "The same questions with the picture removed or exchanged are answered clearly worse."
+        done = [
+            word for name, word in (("blind", "removed"), ("shuffled", "exchanged")) if name in evaluation.differences
+        ]
+        words = f"The same questions with the picture {' or '.join(done)} are answered clearly worse."
     else:
         kind, heading = "wrong", "✗ It does not see."
         words = "Without its own picture it answers as well, within what chance explains: the score comes from words."
