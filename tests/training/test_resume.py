@@ -28,7 +28,7 @@ LORA = [
 ]
 PROJECTOR_ONLY = ["model.language.train=frozen", "model.vision.train=frozen"]
 COMMON = ["recipe=smoke", "data.limit=40", "data.validation_share=0.2", "trainer.checkpoint_every=2"]
-COMMON += ["trainer.log_every=1"]
+COMMON += ["trainer.log_every=1", "trainer.epochs=3"]
 
 
 def start(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:

@@ -159,6 +159,8 @@ class Checkpoints(lightning.Callback):
         print("\nfinishing this step and saving; press Ctrl+C again to stop at once", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= pl_module.num_steps:
+            self.stopped_by = None  # that was the last step: nothing is left to stop
         if self.stopped_by is not None:
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # whoever stops a run does not want to wait for a validation
