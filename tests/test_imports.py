@@ -15,12 +15,13 @@ import eyespot
 SOURCE = Path(eyespot.__file__).parent
 # a module imports only from its own place or from further left; places in one tuple do not know each other
 ORDER: list[tuple[str, ...]] = [
-    ("registry", "devices"),
+    ("registry", "devices", "files"),
     ("config",),
     ("models", "processing"),
     ("compose",),
-    ("inference",),
     ("data",),
+    ("branching",),
+    ("inference",),
     ("training",),
     ("evaluation", "inspection", "plan"),
     ("serving",),

@@ -67,6 +67,7 @@ def test_a_batch_answers_like_one_at_a_time(assistant: Assistant) -> None:
     conversations = [(p, user_turn(p, q)) for p, q in zip(pictures, questions, strict=True)]
     together = assistant.answer_batch(conversations, max_new_tokens=8)
     assert together == [assistant.answer_batch([c], max_new_tokens=8)[0] for c in conversations]
+    assert together == assistant.generate_text(conversations, max_new_tokens=8)
 
 
 def test_streaming_equals_the_whole_answer(assistant: Assistant) -> None:

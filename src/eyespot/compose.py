@@ -147,7 +147,13 @@ def _load_language(settings: LanguageSettings) -> tuple[Any, PreTrainedTokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ "byte", "char:LETTERS", or the name or folder of any tokenizer of transformers."""
+    """ "byte", "char:LETTERS", or the name or folder of any tokenizer of transformers.
+
+    Raises:
+        ValueError: "bpe:SIZE", which only a training run can make.
+    """
+    if name.startswith("bpe:"):
+        raise ValueError(f"tokenizer {name!r} is learned from training texts; start from a recipe, or give a folder")
     if name == "byte":
         return byte_tokenizer()
     if name.startswith("char:"):
@@ -259,7 +265,10 @@ def load_checkpoint(folder: Path) -> tuple[VLM, Processor]:
     record = json.loads((folder / CHECKPOINT_FILE).read_text())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(record["seed"])  # a frozen part may be random: it is drawn again
-        model, _ = build_from_settings(from_dict(ModelSettings, record["model"], "model"))
+        settings = from_dict(ModelSettings, record["model"], "model")
+        if (name := settings.language.tokenizer) and name != "byte" and not name.startswith("char:"):
+            settings.language.tokenizer = str(folder)  # a checkpoint carries its own
+        model, _ = build_from_settings(settings)
     load_trained(model, folder)
     if (found := frozen_hash(model)) != record["frozen_sha256"]:
         raise ValueError(

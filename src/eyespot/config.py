@@ -58,8 +58,8 @@ class ConnectorSettings:
 @dataclass
 class LanguageSettings:
     """name: a registered language model; args: its arguments; template: "auto" (the tokenizer's own if it has one,
-    else plain), "plain", "raw" or a Jinja template; tokenizer: "byte", "char:LETTERS" or a folder, for models without
-    one."""
+    else plain), "plain", "raw" or a Jinja template; tokenizer: "byte", "char:LETTERS", "bpe:SIZE" (learned from the
+    training texts) or a folder, for models without one."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
+from eyespot.branching import can_branch, greedy
 from eyespot.compose import load_parts
 from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.models.vlm import VLM
-from eyespot.processing.processor import Processor
-from eyespot.processing.prompt import Message
+from eyespot.processing.processor import Processor, check_counts
+from eyespot.processing.prompt import Message, count_images
 
 FEATURE_BYTES = 256_000_000  # of encoded pictures kept by an Assistant
 
@@ -82,8 +83,29 @@ class Assistant:
     def answer_batch(
         self, conversations: Sequence[tuple[Sequence[Any], Sequence[Message]]], max_new_tokens: int
     ) -> list[str]:
-        """One greedy answer for each (pictures, messages) pair; messages end with a user turn."""
-        return self.generate_text(conversations, max_new_tokens=max_new_tokens)
+        """One greedy answer for each (pictures, messages) pair; messages end with a user turn.
+
+        Pairs about the same pictures share one image prefix where the language model allows it.
+        """
+        if len(conversations) < 2 or not can_branch(self.model):
+            return self.generate_text(conversations, max_new_tokens=max_new_tokens)
+        prompts = []
+        for images, messages in conversations:
+            check_counts(count_images(messages), len(images))
+            key = tuple(map(_picture_key, images))
+            prompts.append((self.processor.encode_prompt(messages), list(images), key))
+        room = self._room(max(len(encoded.input_ids) for encoded, _, _ in prompts))
+        ends = self.model.generation_config.eos_token_id
+        with self.autocast():
+            rows = greedy(
+                self.model,
+                prompts,
+                self.features,
+                min(max_new_tokens, room),
+                {ends} if isinstance(ends, int) else set(ends or ()),
+                self.processor.pad_token_id,
+            )
+        return [self.processor.decode_answer(row) for row in rows]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 matrix products for a bfloat16 model (its adapters are float32), nothing for a float32 one."""

@@ -22,7 +22,7 @@ from eyespot.models.parameters import parameter_table
 from eyespot.models.vlm import VLM
 from eyespot.processing.images import open_image
 from eyespot.processing.processor import IGNORE_INDEX, Encoded, Processor
-from eyespot.training.run import compose_settings, load_data
+from eyespot.training.run import compose_settings, load_data, with_tokenizer
 
 
 def marked_prompt(encoded: Encoded, processor: Processor) -> Text:
@@ -49,8 +49,8 @@ def marked_prompt(encoded: Encoded, processor: Processor) -> Text:
 def show_data(settings: TrainSettings, count: int, out: Path | None) -> None:
     """Print the first samples of a recipe as the model will read them; ``out`` gets a sheet of their pictures."""
     console = Console()
-    _, processor = build_from_settings(settings.model)
     samples, validation, report = load_data(settings.data, settings.trainer.seed)
+    _, processor = build_from_settings(with_tokenizer(settings.model, samples))
     console.print(report.summary(), markup=False)
     console.print(f"{len(samples)} training and {len(validation)} validation samples; learned words are green")
     for sample in samples[:count]:
@@ -66,8 +66,8 @@ def show_data(settings: TrainSettings, count: int, out: Path | None) -> None:
 def show_batch(settings: TrainSettings, count: int, out: Path | None) -> None:
     """Print the shape after every stage for one training batch of ``count`` units, and how full its rows are."""
     console = Console()
-    model, processor = build_from_settings(settings.model)
     samples, _, _ = load_data(settings.data, settings.trainer.seed)
+    model, processor = build_from_settings(with_tokenizer(settings.model, samples))
     data = settings.data
     units = Units(samples, data.share if data.packing else 1, settings.trainer.seed)
     chosen = [units[(0, index)] for index in range(min(count, len(units)))]
@@ -94,7 +94,11 @@ def show_model(target: Sequence[str], out: Path | None) -> None:
     if len(target) == 1 and "=" not in target[0]:
         model, processor = load_parts(target[0])
     else:
-        model, processor = build_from_settings(compose_settings(target).model)
+        settings = compose_settings(target)
+        if (settings.model.language.tokenizer or "").startswith("bpe:"):
+            samples, _, _ = load_data(settings.data, settings.trainer.seed)
+            settings.model = with_tokenizer(settings.model, samples)
+        model, processor = build_from_settings(settings.model)
     for part in ("vision", "connector", "language"):
         console.print(f"{part:10} {type(getattr(model, part)).__name__}", markup=False)
     console.print(parameter_table(model))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +176,16 @@ def test_a_missing_answer_is_an_error(samples: list[Any]) -> None:
 
     with pytest.raises(ValueError, match="64 conversations and gave 63"):
         evaluate(Short(), samples, name="colours")
+
+
+def test_questions_about_one_picture_are_asked_side_by_side(fakes: SimpleNamespace, samples: list[Any]) -> None:
+    model = fakes.Seeing()
+    random.Random(0).shuffle(samples)
+    evaluate(model, samples, name="colours", controls=(), batch_size=1000)
+    pictures = [tuple(images) for images, _ in model.batches[0]]
+    assert len(pictures) > len(set(pictures)) > 1
+    changes = sum(a != b for a, b in itertools.pairwise(pictures))
+    assert changes == len(set(pictures)) - 1
 
 
 def test_one_picture_never_counts_as_seeing(fakes: SimpleNamespace, samples: list[Any]) -> None:

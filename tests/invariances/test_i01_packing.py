@@ -45,7 +45,7 @@ def alone(model: VLM, sample: Encoded, images: list[Tensor]) -> Any:
 def together(model: VLM, max_length: int, *, share: bool) -> tuple[Any, dict[str, Tensor], list[Any]]:
     rows = samples() if share else [(e, images, i) for i, (e, images, _) in enumerate(samples())]
     documents = share_prefixes(rows, VOCAB, max_length)
-    batch, images = pack(documents, max_length, pad_id=0)
+    batch, images = pack(fill_rows(documents, max_length), pad_id=0)
     output = model(**batch, pixel_values=torch.stack(images), num_items_in_batch=1, skip_logits=False)
     return output, batch, documents
 
@@ -136,9 +136,22 @@ def test_easy_vqa_like_lengths_waste_under_five_percent() -> None:
     assert sum(map(len, documents)) / (256 * len(rows)) > 0.95
 
 
+def test_rows_are_evened_out_rather_than_padded() -> None:
+    documents = share_prefixes([(Encoded([1] * 10, [1] * 10, 0), [], i) for i in range(28)], VOCAB, 100)
+    assert sorted(sum(map(len, row)) for row in fill_rows(documents, 256)) == [140, 140]
+
+
+def test_the_last_queries_get_the_last_rows_of_the_mask() -> None:
+    columns = row_columns(share_prefixes(samples()[:3], VOCAB, 200))
+    structure = [torch.tensor([columns[n]]) for n in ("documents", "branches", "position_ids")]
+    for window in (None, 3):
+        whole = structure_mask(*structure, window=window)
+        assert torch.equal(structure_mask(*structure, window=window, num_queries=4), whole[:, :, -4:])
+
+
 def test_the_first_token_of_a_packed_document_is_not_learned() -> None:
     documents = share_prefixes([(Encoded([5, 6], [5, 6], 0), [], i) for i in range(2)], VOCAB, 100)
-    batch, _ = pack(documents, 100, pad_id=0)
+    batch, _ = pack(fill_rows(documents, 100), pad_id=0)
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, IGNORE_INDEX, 6]]
 
 

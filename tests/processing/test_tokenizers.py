@@ -1,4 +1,4 @@
-"""The byte and the character tokenizer lose nothing and survive saving."""
+"""The byte, character and learned tokenizers lose nothing and survive saving."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from eyespot.processing.tokenizers import SPECIALS, byte_tokenizer, char_tokenizer
+from eyespot.processing.tokenizers import SPECIALS, bpe_tokenizer, byte_tokenizer, char_tokenizer
 
 BYTES = byte_tokenizer()
+TEXTS = ["is there a red shape?", "is there a blue shape?", "what shape is it?", "red", "blue", "yes", "no"] * 3
+LEARNED = bpe_tokenizer(TEXTS, 300)
 HARD = [
     "",
     " ",
@@ -56,7 +58,9 @@ def test_padding_and_masks() -> None:
     assert batch["input_ids"][1][1] == BYTES.pad_token_id
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, char_tokenizer("ab <>eos.,!'\n日")], ids=["byte", "char"])
+@pytest.mark.parametrize(
+    "tokenizer", [BYTES, char_tokenizer("ab <>eos.,!'\n日"), LEARNED], ids=["byte", "char", "bpe"]
+)
 def test_saved_and_loaded_offline(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,3 +103,23 @@ def test_the_order_of_the_alphabet_does_not_matter() -> None:
 def test_an_empty_alphabet_is_an_error(alphabet: list[str]) -> None:
     with pytest.raises(ValueError, match="alphabet is empty"):
         char_tokenizer(alphabet)
+
+
+def test_frequent_words_become_one_token() -> None:
+    assert len(encode(LEARNED, "is there a red shape?")) <= 6
+    assert len(encode(LEARNED, "blue")) == 1
+    assert len(LEARNED) <= 300
+    assert bpe_tokenizer(TEXTS, 300).get_vocab() == LEARNED.get_vocab()
+
+
+@settings(max_examples=200, deadline=None)
+@given(words)
+def test_learned_pieces_lose_nothing(text: str) -> None:
+    found = encode(LEARNED, text)
+    assert LEARNED.decode(found) == text
+    assert not set(found) & set(LEARNED.all_special_ids)
+
+
+def test_too_small_a_vocabulary_is_an_error() -> None:
+    with pytest.raises(ValueError, match="vocab_size is 100, the bytes and special tokens alone need 260"):
+        bpe_tokenizer(TEXTS, 100)

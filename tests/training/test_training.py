@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,3 +163,23 @@ def test_training_in_bfloat16_runs(run: Callable[..., Run]) -> None:
     exact = [loss for _, loss in run("fp32", "trainer.max_steps=2").curve]
     assert losses == pytest.approx(exact, rel=0.02)
     assert losses != exact
+
+
+def test_a_tokenizer_learned_from_the_texts_travels_with_the_run(
+    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EYESPOT_CACHE", str(tmp_path / "cache"))
+    result = run("learned", "model.language.tokenizer=bpe:300", "trainer.checkpoint_every=2")
+    checkpoint = sorted((result.folder / "checkpoints").glob("step-*"))[0].rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "cache")
+    for folder in (result.model_folder, checkpoint):
+        tokenizer = eyespot.load(folder, device="cpu").processor.tokenizer
+        assert len(tokenizer) <= 300
+        assert len(tokenizer("what color is the shape?", add_special_tokens=False).input_ids) < 12
+    assert json.loads((result.folder / "settings.json").read_text())["model"]["language"]["tokenizer"] == "bpe:300"
+
+
+@pytest.mark.parametrize("size", ["10", "many"])
+def test_an_impossible_vocabulary_is_an_error(run: Callable[..., Run], size: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.language.tokenizer 'bpe:{size}'"):
+        run("small", f"model.language.tokenizer=bpe:{size}")

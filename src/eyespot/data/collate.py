@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eyespot.data.packing import pack, share_prefixes
+from eyespot.data.packing import fill_rows, pack, share_prefixes
 from eyespot.data.sample import Rejected, Sample
 from eyespot.processing.images import ImageError, open_image
 from eyespot.processing.processor import Encoded, Processor
@@ -57,7 +57,8 @@ class Collator:
         share = -(-len(units) // self.accumulate)
         for start in range(0, len(units), share):
             samples = [sample for unit in units[start : start + share] for sample in unit]
-            rows = [row for sample in samples if (row := self._row(sample, window)) is not None]
+            opened: dict[Hashable, list[Any]] = {}  # samples about one picture open it once
+            rows = [row for sample in samples if (row := self._row(sample, window, opened)) is not None]
             if rows:
                 window.batches.append(self._padded(rows) if self.row_length is None else self._packed(rows))
         return window
@@ -66,17 +67,19 @@ class Collator:
         """The same collator, with one micro-batch for each window."""
         return Collator(self.processor, 1, self.max_length, self.row_length)
 
-    def _row(self, sample: Sample, window: Window) -> Row | None:
+    def _row(self, sample: Sample, window: Window, opened: dict[Hashable, list[Any]]) -> Row | None:
+        key = image_key(sample)
         try:
             encoded = self.processor.encode_conversation(sample.messages, self.max_length)
-            images = [open_image(image) for image in sample.images]
+            images = opened.get(key) or [open_image(image) for image in sample.images]
         except (PromptError, ImageError) as error:
             window.rejected.append(Rejected(sample.id, str(error)))
             return None
         window.ids.append(sample.id)
         window.num_supervised += encoded.num_supervised
         window.num_tokens += len(encoded.input_ids)
-        return encoded, images, image_key(sample)
+        opened[key] = images
+        return encoded, images, key
 
     def _padded(self, rows: list[Row]) -> dict[str, Tensor]:
         batch = self.processor.pad([encoded for encoded, _, _ in rows], "right")
@@ -85,7 +88,7 @@ class Collator:
     def _packed(self, rows: list[Row]) -> dict[str, Tensor]:
         assert self.row_length is not None
         documents = share_prefixes(rows, self.processor.image_token_id, self.row_length)
-        batch, images = pack(documents, self.row_length, self.processor.pad_token_id)
+        batch, images = pack(fill_rows(documents, self.row_length), self.processor.pad_token_id)
         return self._with_pixels(batch, images)
 
     def _with_pixels(self, batch: dict[str, Tensor], images: list[Any]) -> dict[str, Tensor]:

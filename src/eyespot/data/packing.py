@@ -18,11 +18,15 @@ from eyespot.processing.processor import IGNORE_INDEX, Encoded
 
 @dataclass
 class Document:
-    """A prefix shared by branches; without sharing the whole sample is the prefix. images: those of the prefix."""
+    """A prefix shared by branches; without sharing the whole sample is the prefix.
+
+    images: those of the prefix. members: which sample each branch, or the whole, comes from.
+    """
 
     prefix: Encoded
     branches: list[Encoded] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
+    members: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prefix.input_ids) + sum(len(branch.input_ids) for branch in self.branches)
@@ -40,10 +44,10 @@ def share_prefixes(
     """
     documents: list[Document] = []
     open_documents: dict[Hashable, Document] = {}
-    for encoded, images, key in rows:
+    for number, (encoded, images, key) in enumerate(rows):
         cut = _prefix_length(encoded, image_token_id)
         if cut == 0:
-            documents.append(Document(encoded, [], images))
+            documents.append(Document(encoded, [], images, [number]))
             continue
         prefix, branch = _split(encoded, cut)
         tree_key = (key, tuple(prefix.input_ids))
@@ -53,6 +57,7 @@ def share_prefixes(
             open_documents[tree_key] = document
             documents.append(document)
         document.branches.append(branch)
+        document.members.append(number)
     return documents
 
 
@@ -71,15 +76,33 @@ def _split(encoded: Encoded, cut: int) -> tuple[Encoded, Encoded]:
 
 
 def fill_rows(documents: Sequence[Document], max_length: int) -> list[list[Document]]:
-    """Documents into rows of at most ``max_length`` tokens, longest first into the fullest row that takes it.
+    """Documents into few rows of at most ``max_length`` tokens, and those as equally long as can be.
 
-    Best-fit decreasing (Johnson 1973) stays within 11/9 of the fewest possible rows. A document longer than
-    ``max_length`` gets a row of its own.
+    A batch is as wide as its longest row, so what is wasted is the difference. A document longer than ``max_length``
+    gets a row of its own.
+    """
+    rows = best_fit(documents, max_length)
+    low = max(max(map(len, documents)), -(-sum(map(len, documents)) // len(rows)))
+    high = max_length
+    while low < high:  # the smallest capacity that needs no further row
+        capacity = (low + high) // 2
+        tried = best_fit(documents, capacity)
+        if len(tried) <= len(rows):
+            rows, high = tried, capacity
+        else:
+            low = capacity + 1
+    return rows
+
+
+def best_fit(documents: Sequence[Document], capacity: int) -> list[list[Document]]:
+    """Longest first, each into the fullest row that takes it.
+
+    Best-fit decreasing (Johnson 1973) stays within 11/9 of the fewest possible rows.
     """
     rows: list[list[Document]] = []
     lengths: list[int] = []
     for document in sorted(documents, key=len, reverse=True):
-        fitting = [i for i, length in enumerate(lengths) if length + len(document) <= max_length]
+        fitting = [i for i, length in enumerate(lengths) if length + len(document) <= capacity]
         if fitting:
             best = max(fitting, key=lambda i: lengths[i])
             rows[best].append(document)
@@ -116,9 +139,22 @@ def row_columns(documents: Sequence[Document]) -> dict[str, list[int]]:
 PADDING = {"labels": IGNORE_INDEX, "documents": -1, "position_ids": 0, "branches": 0, "previous": 0}
 
 
-def pack(documents: Sequence[Document], max_length: int, pad_id: int) -> tuple[dict[str, Tensor], list[Any]]:
-    """Documents -> (columns int64 [R, T], pictures in the order of their placeholders)."""
-    rows = fill_rows(documents, max_length)
+def last_places(documents: Sequence[Document]) -> list[tuple[int, int]]:
+    """(sample, place of its last token) of all samples in the row that ``row_columns`` makes of the documents."""
+    places = []
+    end = 0
+    for document in documents:
+        end += len(document.prefix.input_ids)
+        if not document.branches:
+            places.append((document.members[0], end - 1))
+        for member, branch in zip(document.members, document.branches, strict=False):
+            end += len(branch.input_ids)
+            places.append((member, end - 1))
+    return places
+
+
+def pack(rows: Sequence[Sequence[Document]], pad_id: int) -> tuple[dict[str, Tensor], list[Any]]:
+    """Rows of documents -> (columns int64 [R, T], pictures in the order of their placeholders)."""
     columns = [row_columns(row) for row in rows]
     longest = max(len(column["input_ids"]) for column in columns)
     batch = {

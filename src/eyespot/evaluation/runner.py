@@ -306,8 +306,7 @@ def _ask(
     """Add the answer to each new input to the known ones."""
     bar.update(task, total=len(new))
     started = time.perf_counter()
-    # Longest first: a batch that does not fit into memory fails at once, and the time left is not underestimated.
-    keys = sorted(new, key=lambda key: len(prompt_key(new[key])), reverse=True)
+    keys = _in_order(new)
     for start in range(0, len(keys), batch_size):
         batch = keys[start : start + batch_size]
         answers = answerer.answer_batch([(new[key].images, new[key].messages[:-1]) for key in batch], max_new_tokens)
@@ -316,6 +315,20 @@ def _ask(
         known.update(zip(batch, answers, strict=True))
         rate = (start + len(batch)) / max(time.perf_counter() - started, 1e-9)
         bar.update(task, advance=len(batch), rate=f"{rate:.1f}/s")
+
+
+def _in_order(new: Mapping[Hashable, Sample]) -> list[Hashable]:
+    """Questions about one picture together, because they can share it, and the pictures with the longest ones first: a
+    batch that does not fit into memory fails at once, and the time left is not underestimated."""
+    pictures: dict[Hashable, list[Hashable]] = {}
+    for number, (key, sample) in enumerate(new.items()):
+        pictures.setdefault(tuple(map(image_key, sample.images)) or number, []).append(key)
+
+    def length(key: Hashable) -> int:
+        return len(prompt_key(new[key]))
+
+    groups = [sorted(group, key=length, reverse=True) for group in pictures.values()]
+    return [key for group in sorted(groups, key=lambda group: length(group[0]), reverse=True) for key in group]
 
 
 def _bar(progress: bool | None) -> Progress:

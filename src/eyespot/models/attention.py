@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+KERNELS = ("sdpa", "eager")  # those that take a ready mask
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
-def structure_mask(documents: Tensor, branches: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
+def structure_mask(
+    documents: Tensor,
+    branches: Tensor,
+    position_ids: Tensor,
+    window: int | None = None,
+    num_queries: int | None = None,
+) -> Tensor:
     """The mask of rows in which documents lie side by side, each a prefix with branches.
 
     A token sees itself and, before it, the prefix of its document (branch 0) and its own branch; nothing else. With a
@@ -18,34 +26,53 @@ def structure_mask(documents: Tensor, branches: Tensor, position_ids: Tensor, wi
     Args:
         documents: int64 [B, T], -1 on padding. branches: int64 [B, T], 0 on a prefix.
         position_ids: int64 [B, T]. window: of a sliding-attention layer.
+        num_queries: Q, only the last columns ask, the others are in a cache; by default all, Q = T.
 
     Returns:
-        bool [B, 1, T, T], True where a query (third axis) sees a key (last axis); padding sees itself only.
+        bool [B, 1, Q, T], True where a query (third axis) sees a key (last axis); padding sees itself only.
     """
-    same_document = documents.unsqueeze(-1) == documents.unsqueeze(-2)
-    key_branch, query_branch = branches.unsqueeze(-2), branches.unsqueeze(-1)
-    visible = same_document & ((key_branch == 0) | (key_branch == query_branch)) & (documents >= 0).unsqueeze(-1)
-    length = documents.shape[1]
-    visible &= torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    places = torch.arange(documents.shape[1], device=documents.device)
+    asking = slice(0 if num_queries is None else -num_queries, None)
+
+    def keys(x: Tensor) -> Tensor:
+        return x.unsqueeze(-2)
+
+    def queries(x: Tensor) -> Tensor:
+        return x[..., asking].unsqueeze(-1)
+
+    visible = (keys(documents) == queries(documents)) & (queries(documents) >= 0) & (keys(places) <= queries(places))
+    visible &= (keys(branches) == 0) | (keys(branches) == queries(branches))
     if window is not None:
-        visible &= position_ids.unsqueeze(-2) > position_ids.unsqueeze(-1) - window
+        visible &= keys(position_ids) > queries(position_ids) - window
     # a fully masked row would be NaN under softmax
-    return (visible | torch.eye(length, dtype=torch.bool, device=documents.device)).unsqueeze(1)
+    return (visible | (keys(places) == queries(places))).unsqueeze(1)
+
+
+def separable(config: PreTrainedConfig) -> bool:
+    """Whether a mask can keep the texts of a row apart in every layer of a language model."""
+    types = set(getattr(config, "layer_types", None) or [])
+    return config._attn_implementation in KERNELS and types <= LAYER_TYPES
 
 
 def attention_argument(
-    config: PreTrainedConfig, documents: Tensor, branches: Tensor, position_ids: Tensor, dtype: torch.dtype
+    config: PreTrainedConfig,
+    documents: Tensor,
+    branches: Tensor,
+    position_ids: Tensor,
+    dtype: torch.dtype,
+    num_queries: int | None = None,
 ) -> Any:
     """What a language model of transformers takes as attention_mask for such rows: one mask, or one by layer type.
 
     Args:
         config: of the language model. dtype: of its activations, for kernels that add the mask.
+        documents, branches, position_ids, num_queries: see ``structure_mask``.
 
     Raises:
-        ValueError: the model's attention kernel takes no ready mask.
+        ValueError: the model's attention kernel takes no ready mask, or it has layers that no mask can separate.
     """
     kernel = config._attn_implementation
-    if kernel not in ("sdpa", "eager"):
+    if kernel not in KERNELS:
         raise ValueError(
             f"packed rows need attention kernel sdpa or eager, not {kernel!r}; load the model with one of them"
         )
@@ -53,14 +80,14 @@ def attention_argument(
     types = getattr(config, "layer_types", None) or []
 
     def mask(window: int | None) -> Tensor:
-        visible = structure_mask(documents, branches, position_ids, window)
+        visible = structure_mask(documents, branches, position_ids, window, num_queries)
         if kernel == "sdpa":
             return visible
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
     if not types:
         return mask(window)
-    if unknown := set(types) - {"full_attention", "sliding_attention"}:
+    if unknown := set(types) - LAYER_TYPES:
         raise ValueError(
             f"{config.model_type} has layers of type {sorted(unknown)[0]!r}, which cannot be packed; "
             "set data.packing=false"

@@ -90,13 +90,15 @@ def _as_config(config: Any) -> Any:
 
 @dataclass
 class VLMOutput(ModelOutput):
-    """loss float32 scalar; logits float [B, T, V]; past_key_values: the cache; image_embeds float [N, K, D]."""
+    """loss float32 scalar; logits float [B, T, V]; past_key_values: the cache; last_hidden_state float [B, T, D], what
+    the head reads; image_embeds float [N, K, D]."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Any = None
     hidden_states: Any = None
     attentions: Any = None
+    last_hidden_state: Tensor | None = None
     image_embeds: Tensor | None = None
 
 
@@ -131,7 +133,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         self._keep_in_fp32_modules_strict = {rf"^{part}\." for part in config.float32_parts or []} | (
             {r"\.lora_[AB]\."} if config.lora else set()
         )
-        self._language_inputs = set(inspect.signature(self.language.base_model.forward).parameters)
+        self.language_inputs = set(inspect.signature(self.language.base_model.forward).parameters)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property
@@ -245,7 +247,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             labels: int64 [B, T], -100 where nothing is to be learned; not shifted.
             num_items_in_batch: divisor of the summed loss (see ``causal_loss``).
             documents, branches, previous: int64 [B, T], the structure of packed rows, with position_ids
-                (see ``eyespot.models.attention.structure_mask`` and ``eyespot.models.loss.supervised_hidden``).
+                (see ``eyespot.models.attention.structure_mask`` and ``eyespot.models.loss.supervised_hidden``); with
+                a cache, of all columns from the first one on.
             logits_to_keep: logits for the last n positions only, or for the positions of an int64 tensor; 0 is all.
             skip_logits: leave the logits out; by default when labels are given.
 
@@ -263,10 +266,12 @@ class VLM(PreTrainedModel, GenerationMixin):
             position_ids = positions_from_mask(attention_mask)[:, -inputs_embeds.shape[1] :]
         if documents is not None:
             assert branches is not None and position_ids is not None
+            length = inputs_embeds.shape[1]
             attention_mask = attention_argument(
-                self.language.config.get_text_config(), documents, branches, position_ids, inputs_embeds.dtype
+                self.language.config.get_text_config(), documents, branches, position_ids, inputs_embeds.dtype, length
             )
-        if "position_ids" in self._language_inputs:
+            position_ids = position_ids[:, -length:]
+        if "position_ids" in self.language_inputs:
             kwargs["position_ids"] = position_ids
         if use_cache is None and labels is not None:
             use_cache = False
@@ -290,6 +295,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             past_key_values=getattr(outputs, "past_key_values", None),
             hidden_states=getattr(outputs, "hidden_states", None),
             attentions=getattr(outputs, "attentions", None),
+            last_hidden_state=hidden,
             image_embeds=image_embeds,
         )
 

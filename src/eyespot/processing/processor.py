@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -25,6 +25,7 @@ from eyespot.processing.prompt import (
 
 IGNORE_INDEX = -100
 IMAGE_TEXT = "<image>"
+REMEMBERED_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Processor(ProcessorMixin):
         self.image_mode = image_mode
         self.add_bos = add_bos
         self.template_kwargs = template_kwargs or {}
+        self._encoded: dict[Hashable, Encoded] = {}
         super().__init__(  # type: ignore[no-untyped-call]
             image_processor, tokenizer, chat_template=chat_template or TEMPLATES["plain"]
         )
@@ -91,10 +93,22 @@ class Processor(ProcessorMixin):
     def encode_conversation(self, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
         """A training row: the assistant's words and the end-of-turn token are labelled, everything else is not.
 
+        Data sets ask the same questions about many pictures, in every epoch again, so rows are remembered.
+
         Raises:
             PromptError: nothing to learn is left, the cut at ``max_length`` would go through a picture, or a picture
                 stands after the last answer.
         """
+        layout = (self.image_token_id, self.num_image_tokens, self.image_mode, self.add_bos)
+        key = (repr(messages), max_length, self.chat_template, repr(self.template_kwargs), layout)
+        if (known := self._encoded.get(key)) is not None:
+            return known
+        if len(self._encoded) >= REMEMBERED_ROWS:
+            self._encoded.clear()
+        encoded = self._encoded[key] = self._encode_conversation(messages, max_length)
+        return encoded
+
+    def _encode_conversation(self, messages: Sequence[Message], max_length: int | None) -> Encoded:
         spans = self._spans(messages, training=True)
         if spans[-1].learned:
             self._end_of_turn(_after_answer(spans))  # refuses a template that ends with the answer
@@ -277,9 +291,13 @@ class Processor(ProcessorMixin):
 
     def decode_answers(self, sequences: Tensor, prompt_length: int) -> list[str]:
         """New tokens to text: sequences int64 [B, prompt + new] -> B answers, without specials and outer space."""
+        return [self.decode_answer(row[prompt_length:].tolist()) for row in sequences]
+
+    def decode_answer(self, tokens: Sequence[int]) -> str:
+        """Tokens to text, without specials, outer space and placeholders."""
         vocabulary = len(self.tokenizer)
-        rows = [[token for token in row[prompt_length:].tolist() if token < vocabulary] for row in sequences]
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        known = [token for token in tokens if token < vocabulary]
+        return str(self.tokenizer.decode(known, skip_special_tokens=True)).strip()
 
     @property
     def model_input_names(self) -> list[str]:

@@ -1,10 +1,10 @@
-"""Tokenizers that need no training: one token per byte, or one per character."""
+"""Tokenizers that need no download: one token per byte, one per character, or pieces learned from texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -56,4 +56,29 @@ def char_tokenizer(alphabet: str | Iterable[str]) -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate([*SPECIALS, *characters])}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token=UNK, fuse_unk=False))
     tokenizer.decoder = decoders.Fuse()
+    return _wrap(tokenizer)
+
+
+def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte pair encoding learned from texts: frequent words become one token, and no text is ever unknown.
+
+    Source: Sennrich et al., arXiv 1508.07909, over bytes as in the GPT-2 report, section 2.2.
+
+    Args:
+        texts: what to learn from, questions and answers alike.
+        vocab_size: at most so many tokens, the 4 special ones and the 256 bytes included.
+
+    Raises:
+        ValueError: fewer tokens than the bytes need.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < (least := len(SPECIALS) + len(alphabet)):
+        raise ValueError(f"vocab_size is {vocab_size}, the bytes and special tokens alone need {least}; give more")
+    tokenizer = Tokenizer(BPE(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     return _wrap(tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -18,12 +19,14 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from eyespot.compose import build_from_settings, load_trained, save, with_dtypes
-from eyespot.config import ConfigError, DataSettings, TrainerSettings, TrainSettings, check_settings, from_dict, to_dict
+from eyespot.config import ConfigError, DataSettings, ModelSettings, TrainerSettings, TrainSettings, check_settings, from_dict, to_dict
 from eyespot.data import sources
 from eyespot.data.sample import LoadReport, Sample
 from eyespot.devices import choose_device, has_fast_bfloat16
+from eyespot.files import default_cache, make_folder
 from eyespot.inference import Assistant, load
 from eyespot.models.parameters import parameter_table
+from eyespot.processing.tokenizers import bpe_tokenizer
 from eyespot.registry import closest
 
 BeforeTraining = Callable[[Assistant], None]
@@ -234,6 +237,33 @@ def load_data(settings: DataSettings, seed: int) -> tuple[list[Sample], list[Sam
     return train_samples, validation, report
 
 
+def with_tokenizer(settings: ModelSettings, samples: Sequence[Sample]) -> ModelSettings:
+    """The settings with a tokenizer "bpe:SIZE" learned from the texts of the samples, kept in the cache by content.
+
+    Raises:
+        ConfigError: SIZE is no number, or too small.
+    """
+    name = settings.language.tokenizer or ""
+    if not name.startswith("bpe:"):
+        return settings
+    texts = [
+        part["text"]
+        for sample in samples
+        for message in sample.messages
+        for part in message["content"]
+        if part["type"] == "text"
+    ] + [caption for sample in samples for caption in sample.captions]
+    digest = hashlib.sha256("\0".join([name, *texts]).encode()).hexdigest()
+    folder = default_cache() / "tokenizers" / digest[:16]
+    if not folder.is_dir():
+        try:
+            tokenizer = bpe_tokenizer(texts, int(name.removeprefix("bpe:")))
+        except ValueError as error:
+            raise ConfigError(f"model.language.tokenizer {name!r}: {error}") from error
+        make_folder(folder, tokenizer.save_pretrained)
+    return replace(settings, language=replace(settings.language, tokenizer=str(folder)))
+
+
 def precision_of(settings: TrainerSettings, device: torch.device) -> str:
     """Lightning's name for the precision: bfloat16 matrix products over float32 masters, or float32."""
     if settings.precision == "auto":
@@ -261,7 +291,8 @@ def _fit(
     trainer_settings = settings.trainer
     device = choose_device(trainer_settings.device)
     lightning.seed_everything(trainer_settings.seed, verbose=False)
-    model, processor = build_from_settings(settings.model)
+    model_settings = with_tokenizer(settings.model, train_samples)
+    model, processor = build_from_settings(model_settings)
     if trainer_settings.gradient_checkpointing:
         # transformers 5.23 renamed it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -293,7 +324,7 @@ def _fit(
     if is_first_process():
         processor.save_pretrained(folder / "processor")
     writer = CheckpointWriter(
-        folder / "checkpoints", model, settings.model, trainer_settings.seed, folder / "processor"
+        folder / "checkpoints", model, model_settings, trainer_settings.seed, folder / "processor"
     )
     reporter = Reporter(trainer_settings.log_every, console)
     checkpoints = Checkpoints(

