@@ -48,11 +48,13 @@ class VisionSettings:
 
 @dataclass
 class ConnectorSettings:
-    """name: a registered connector; args: its arguments."""
+    """name: a registered connector; args: its arguments; calibrate: bring its output to the size of the text
+    embeddings before the first step, which a pretrained language model needs and an untrained one does not."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
     train: Literal["frozen", "full"] = "full"
+    calibrate: bool = True
 
 
 @dataclass

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from eyespot.models.lora import add_lora, linear_layers
+from eyespot.models.lora_linear import AdaptedLinear, LoRALinear, fuse
 from eyespot.models.vlm import VLM
 from tiny import LANGUAGES, close, collate, language_model, make_rows, make_vlm, training_batch, vision_encoder
 
@@ -226,3 +230,85 @@ def test_a_frozen_encoder_with_dropout_gives_the_same_features_while_training() 
     pixels = training_batch()["pixel_values"]
     expected_features = model.eval().encode_images(pixels)
     assert torch.equal(model.train().encode_images(pixels), expected_features)
+
+
+def adapted_layer(bias: bool, dtype: torch.dtype = torch.float32) -> Linear:
+    """peft's layer with an adapter that does something, on random weights."""
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.Linear(12, 20, bias=bias).to(dtype))
+    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=5, target_modules=["0"]), holder)
+    layer = holder[0]
+    assert isinstance(layer, Linear)
+    for part in (layer.lora_A["default"], layer.lora_B["default"]):
+        part.weight.data = torch.randn(part.weight.shape)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_adapter_computes_what_peft_computes(bias: bool, dtype: torch.dtype) -> None:
+    plain, fused = adapted_layer(bias, dtype), adapted_layer(bias, dtype)
+    assert fuse(nn.Sequential(fused)) == 1 and type(fused) is LoRALinear
+    x = torch.randn(2, 5, 12)
+    results = []
+    for layer in (plain, fused):
+        own = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer(own)
+        y.float().pow(2).sum().backward()
+        grads = [own.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+        assert all(g is not None for g in grads) and all(
+            p.grad is None for p in layer.base_layer.parameters() if not p.requires_grad
+        )
+        results.append([y, *grads])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        close(b.float() / a.float().abs().max(), a.float() / a.float().abs().max(), 1e-5 if dtype.itemsize == 4 else 2e-2)
+
+
+def test_the_fused_adapter_has_the_gradient_of_its_formula() -> None:
+    torch.manual_seed(0)
+    values = [torch.randn(shape, dtype=torch.float64) for shape in ((4, 6), (5, 6), (5,), (2, 6), (5, 2))]
+    leaves = [v.requires_grad_(i != 1) for i, v in enumerate(values)]
+
+    def function(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Any:
+        return AdaptedLinear.apply(x, leaves[1], bias, a, b, 0.7)
+
+    x, weight, bias, a, b = leaves
+    close(function(x, bias, a, b), x @ weight.t() + bias + 0.7 * x @ a.t() @ b.t(), 1e-12)
+    y = function(x, bias, a, b)
+    wanted = torch.autograd.grad((x @ weight.t() + bias + 0.7 * x @ a.t() @ b.t()).pow(2).sum(), [x, bias, a, b])
+    for found, right in zip(torch.autograd.grad(y.pow(2).sum(), [x, bias, a, b]), wanted, strict=True):
+        close(found.double(), right, 1e-5)
+
+
+@pytest.mark.parametrize("change", ["disabled", "merged", "dropout", "trained"])
+def test_everything_but_the_plain_case_is_left_to_peft(change: str) -> None:
+    plain, fused = adapted_layer(bias=False), adapted_layer(bias=False)
+    fuse(nn.Sequential(fused))
+    for layer in (plain, fused):
+        if change == "disabled":
+            layer.enable_adapters(False)
+        if change == "merged":
+            layer.merge()
+        if change == "dropout":
+            layer.lora_dropout["default"] = nn.Dropout(0.5)
+        if change == "trained":
+            layer.base_layer.weight.requires_grad_(True)
+    x = torch.randn(3, 12)
+    outputs = []
+    for layer in (plain, fused):
+        torch.manual_seed(1)
+        outputs.append(layer(x))
+    assert torch.equal(*outputs)
+    if change == "trained":
+        outputs[1].sum().backward()
+        assert fused.base_layer.weight.grad is not None
+
+
+def test_composed_models_use_the_fused_adapter() -> None:
+    model = make_vlm("gemma3", lora={"language": LORA})
+    assert sum(type(layer) is LoRALinear for layer in model.modules()) == 14
+    copied = copy.deepcopy(model)
+    batch = training_batch()
+    close(copied(**batch).loss, model(**batch).loss)

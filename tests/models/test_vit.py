@@ -151,3 +151,41 @@ def test_bfloat16_takes_float32_pictures() -> None:
     rounded = model.to(torch.bfloat16)(pixels).last_hidden_state
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, atol=0.1, rtol=0.1)
+
+
+def test_the_conv_stem_sees_each_picture_alone_and_gives_the_same_grid() -> None:
+    model = tiny(stem="conv", position_range=0.3)
+    torch.manual_seed(1)
+    pixels = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        together = model(pixels).last_hidden_state
+        alone = model(pixels[1:2]).last_hidden_state
+    assert together.shape == (3, 16, 32) and model.config.num_tokens == 16
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
+    # 3 -> 16 -> 32 channels, each half the size, then 1x1
+    kernels = [tuple(m.weight.shape) for m in model.embeddings.patch_embedding if isinstance(m, torch.nn.Conv2d)]
+    assert kernels == [(16, 3, 3, 3), (32, 16, 3, 3), (32, 32, 1, 1)]
+    assert abs(float(model.embeddings.position_embedding.detach().std()) - 0.3) < 0.03
+
+
+def test_a_saved_conv_stem_loads(tmp_path: Path) -> None:
+    model = tiny(stem="conv")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels).last_hidden_state, model(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stem": "swin"}, "stem is 'swin'; choose patch or conv"),
+        ({"stem": "conv", "image_size": 12, "patch_size": 6}, "patch_size 6 is no power of two"),
+        ({"stem": "conv", "patch_size": 1}, "patch_size 1 is no power of two"),
+        ({"stem": "conv", "patch_size": 8, "hidden_size": 20}, "hidden_size 20 is not a multiple of 32"),
+    ],
+)
+def test_impossible_stems_are_errors(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**change)

@@ -26,6 +26,8 @@ def add_lora(module: nn.Module, settings: Mapping[str, Any]) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    from eyespot.models.lora_linear import fuse
+
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise ValueError(f"unknown LoRA setting {unknown[0]!r}; settings: {', '.join(SETTINGS)}")
     layers = target_layers(module, settings.get("targets", "attention"))
@@ -38,6 +40,7 @@ def add_lora(module: nn.Module, settings: Mapping[str, Any]) -> None:
         fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in module.modules()),
     )
     inject_adapter_in_model(config, module)
+    fuse(module)
     for name, child in module.named_modules():
         if "lora_" in name:
             # transformers would draw B anew together with the whole model, but a new adapter must change nothing

@@ -298,9 +298,9 @@ def _fit(
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     row_length = settings.data.row_length if settings.data.packing else None
     collator = Collator(processor, trainer_settings.accumulate, settings.data.max_length, row_length)
-    if resume is None:
+    if resume is None and model_settings.connector.calibrate:
         calibrate(model, collator([train_samples[:CALIBRATION_SAMPLES]]).batches, console)
-    else:
+    if resume is not None:
         load_trained(model, resume)
         model.config.image_scale = json.loads((resume / "config.json").read_text())["image_scale"]
         console.print(f"going on from {resume}", markup=False)

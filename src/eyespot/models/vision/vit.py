@@ -1,11 +1,13 @@
 """A vision transformer written from scratch: pictures in, one embedding per patch out.
 
 Source: Dosovitskiy et al., arXiv 2010.11929 (model), Vaswani et al., arXiv 1706.03762 (attention),
-Xiong et al., arXiv 2002.04745 (normalisation before each branch), Hendrycks and Gimpel, arXiv 1606.08415 (GELU).
+Xiong et al., arXiv 2002.04745 (normalisation before each branch), Hendrycks and Gimpel, arXiv 1606.08415 (GELU),
+Xiao et al., arXiv 2106.14881 (convolutional stem), He et al., arXiv 1502.01852 (its initial weights).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
@@ -40,14 +42,20 @@ def check_pixels(pixel_values: Tensor, num_channels: int, image_size: int) -> No
         )
 
 
+STEM_GROUPS = 8
+
+
 class EyespotViTConfig(PreTrainedConfig):
     """Sizes of an `EyespotViTModel`.
 
     `intermediate_size` None means four times `hidden_size` (arXiv 1706.03762, section 3.3). `image_mean` and
-    `image_std` tell the image processor how to normalise; 0.5 maps [0, 1] to [-1, 1].
+    `image_std` tell the image processor how to normalise; 0.5 maps [0, 1] to [-1, 1]. `stem` "patch" makes each patch
+    a token with one linear map, "conv" with a few small convolutions, which learn shapes from fewer pictures.
+    `position_range` is the standard deviation of the initial position embeddings, `initializer_range` unless given.
 
     Raises:
-        ValueError: a size below one, or one that does not divide as it must.
+        ValueError: a size below one, one that does not divide as it must, an unknown `stem`, or with the convolutional
+            stem a `patch_size` that is no power of two or a `hidden_size` that cannot be halved as often.
     """
 
     model_type = "eyespot_vit"
@@ -62,7 +70,9 @@ class EyespotViTConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     hidden_dropout: float = 0.0
     initializer_range: float = 0.02
+    position_range: float | None = None
     use_cls_token: bool = False
+    stem: str = "patch"
     image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
 
@@ -78,10 +88,25 @@ class EyespotViTConfig(PreTrainedConfig):
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
                 f"choose {max(self.image_size // self.patch_size, 1) * self.patch_size} or another patch_size"
             )
+        if self.stem not in ("patch", "conv"):
+            raise ValueError(f"stem is {self.stem!r}; choose patch or conv")
+        if self.stem == "conv":
+            self._check_conv_stem()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}; change one of them"
+            )
+
+    def _check_conv_stem(self) -> None:
+        halvings = self.patch_size.bit_length() - 1
+        narrowest = STEM_GROUPS << max(halvings - 1, 0)
+        if self.patch_size != 1 << halvings or halvings < 1:
+            raise ValueError(f"the conv stem halves the picture, patch_size {self.patch_size} is no power of two from 2 on")
+        if self.hidden_size % narrowest:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of {narrowest}, which the conv stem with patch_size "
+                f"{self.patch_size} needs; choose {max(self.hidden_size // narrowest, 1) * narrowest} or stem='patch'"
             )
 
     @property
@@ -90,13 +115,32 @@ class EyespotViTConfig(PreTrainedConfig):
         return (self.image_size // self.patch_size) ** 2 + int(self.use_cls_token)
 
 
+def conv_stem(num_channels: int, width: int, patch_size: int) -> nn.Sequential:
+    """3x3 convolutions that each halve the picture and double the width up to ``width``, then a 1x1 one.
+
+    Source: arXiv 2106.14881, section 4, with group in place of batch normalisation (arXiv 1803.08494): the features of
+    a picture may not depend on the other pictures of the batch.
+    """
+    halvings = patch_size.bit_length() - 1
+    widths = [num_channels, *(width >> i for i in reversed(range(halvings)))]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.GroupNorm(STEM_GROUPS, after)]
+        layers += [nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+
+
 class ViTEmbeddings(nn.Module):
-    """Patches to tokens: a strided convolution, the class token if there is one, learned positions."""
+    """Patches to tokens: the stem, the class token if there is one, learned positions."""
 
     def __init__(self, config: EyespotViTConfig) -> None:
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
-        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
+        self.patch_embedding: nn.Module = (
+            conv_stem(config.num_channels, width, patch)
+            if config.stem == "conv"
+            else nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.use_cls_token else None
         self.position_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -195,9 +239,14 @@ class EyespotViTModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, ViTEmbeddings):
-            init.trunc_normal_(module.position_embedding, std=self.config.initializer_range)
+            spread = self.config.position_range
+            init.trunc_normal_(
+                module.position_embedding, std=self.config.initializer_range if spread is None else spread
+            )
             if module.cls_token is not None:
                 init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+        if isinstance(module, nn.Conv2d) and self.config.stem == "conv":
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     # Ties nothing: the last hidden state in the list is the one before the last norm, as in transformers' ViT.
     @capture_outputs(tie_last_hidden_states=False)  # type: ignore[untyped-decorator]
@@ -234,7 +283,9 @@ def build_vit(
     layer_norm_eps: float = 1e-6,
     hidden_dropout: float = 0.0,
     use_cls_token: bool = False,
+    stem: str = "patch",
     initializer_range: float = 0.02,
+    position_range: float | None = None,
     image_mean: Sequence[float] = (0.5, 0.5, 0.5),
     image_std: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> EyespotViTModel:
@@ -256,7 +307,9 @@ def build_vit(
         layer_norm_eps=layer_norm_eps,
         hidden_dropout=hidden_dropout,
         use_cls_token=use_cls_token,
+        stem=stem,
         initializer_range=initializer_range,
+        position_range=position_range,
         image_mean=list(image_mean),
         image_std=list(image_std),
     )

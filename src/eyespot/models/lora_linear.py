@@ -1,0 +1,79 @@
+"""A linear layer and its low-rank adapter as one operation: y = x W' + b + s (x A') B'.
+
+peft computes the adapter beside the layer and adds the two, which moves the layer's whole output through memory three
+more times in each direction. Here the adapter is accumulated into the output by its own matrix product, and the scale
+goes to the narrow side. Same formula, same result but for rounding (arXiv 2106.09685, section 4.1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """Gradients for x, b, A and B; the weight W is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """x float [..., I], weight [O, I], bias [O] or None, a [R, I], b [O, R] -> float [..., O] in the dtype of x."""
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ a.t()  # [T, R]
+        out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        out.addmm_(low, b.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, a, b, low)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, low = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
+        grad = grad.reshape(-1, grad.shape[-1])
+        low_grad = (grad @ b).mul_(ctx.scale)  # [T, R]
+        grad_x = grad_a = grad_b = None
+        if needs_x:
+            grad_x = grad @ weight
+            grad_x = grad_x.addmm_(low_grad, a).view(ctx.shape)
+        if needs_a:
+            grad_a = low_grad.t() @ rows
+        if needs_b:
+            grad_b = (grad.t() @ low).mul_(ctx.scale)
+        return grad_x, None, grad.sum(0) if needs_bias else None, grad_a, grad_b, None
+
+
+class LoRALinear(Linear):
+    """peft's adapted linear layer; the plain case of one active adapter without dropout goes through AdaptedLinear."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self.base_layer
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if (
+            args or kwargs or self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant
+            or not isinstance(self.lora_dropout[names[0]], nn.Identity) or type(base) is not nn.Linear
+            or base.weight.requires_grad or self.lora_bias[names[0]]
+        ):  # fmt: skip
+            result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[no-untyped-call]
+            return result
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+        bias = None if base.bias is None else base.bias.to(dtype)
+        adapted: Tensor = AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+            x.to(dtype), base.weight.to(dtype), bias, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight,
+            self.scaling[names[0]],
+        )  # fmt: skip
+        return adapted
+
+
+def fuse(module: nn.Module) -> int:
+    """Let every adapted linear layer of a module compute in one operation; returns how many there are."""
+    layers = [layer for layer in module.modules() if type(layer) is Linear and not layer.fan_in_fan_out]
+    for layer in layers:
+        layer.__class__ = LoRALinear
+    return len(layers)
