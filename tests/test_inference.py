@@ -70,6 +70,18 @@ def test_a_batch_answers_like_one_at_a_time(assistant: Assistant) -> None:
     assert together == assistant.generate_text(conversations, max_new_tokens=8)
 
 
+def test_several_questions_are_answered_as_if_asked_alone(assistant: Assistant, counted: list[int]) -> None:
+    questions = ["what?", "and a longer question?", "a?"]
+    alone = [assistant.ask(picture("red"), question, max_new_tokens=8) for question in questions]
+    assistant.forget()
+    counted.clear()
+    assert assistant.ask(picture("red"), questions, max_new_tokens=8) == alone
+    assert counted == [1]
+    assert assistant.ask(picture("red"), questions, max_new_tokens=8, num_beams=1) == alone
+    assert assistant.ask(picture("red"), []) == []
+    assert assistant.ask([], questions[:1], max_new_tokens=8) == [assistant.ask([], "what?", max_new_tokens=8)]
+
+
 def test_streaming_equals_the_whole_answer(assistant: Assistant) -> None:
     whole = assistant.ask(picture("red"), "what?", max_new_tokens=12)
     assert "".join(assistant.stream(picture("red"), "what?", max_new_tokens=12)).strip() == whole

@@ -222,10 +222,12 @@ def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     source = source_of(options.model, options.data)
     samples = load_test(source, options.limit)
-    evaluation = run_evaluation(
-        load(options.model, options.device), samples, name=str(options.model), batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-    )  # fmt: skip
+    assistant = load(options.model, options.device)
+    with assistant.folded():
+        evaluation = run_evaluation(
+            assistant, samples, name=str(options.model), batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+        )  # fmt: skip
     print_evaluation(evaluation)
     if options.out:
         folder = Path(options.out)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from eyespot.models.vlm import VLM
 from eyespot.processing.processor import Processor, check_counts
 from eyespot.processing.prompt import Message, count_images
 
+MAX_NEW_TOKENS = 128
 FEATURE_BYTES = 256_000_000  # of encoded pictures kept by an Assistant
 
 
@@ -46,13 +47,25 @@ class Assistant:
         self.processor = processor
         self._features: dict[Hashable, Tensor] = {}
 
-    def ask(self, images: Any, question: str, **options: Any) -> str:
+    @overload
+    def ask(self, images: Any, question: str, **options: Any) -> str: ...
+
+    @overload
+    def ask(self, images: Any, question: Sequence[str], **options: Any) -> list[str]: ...
+
+    def ask(self, images: Any, question: str | Sequence[str], **options: Any) -> str | list[str]:
         """One answer about one picture or a list of them (paths, bytes, PIL; an empty list asks without a picture).
 
+        Several questions get a list of answers, each as if it were asked alone, and share the work on the pictures.
         ``options`` are those of ``generate_text``.
         """
         pictures = list(images) if isinstance(images, (list, tuple)) else [images]
-        return self.generate_text([(pictures, user_turn(pictures, question))], **options)[0]
+        if isinstance(question, str):
+            return self.generate_text([(pictures, user_turn(pictures, question))], **options)[0]
+        conversations = [(pictures, user_turn(pictures, text)) for text in question]
+        if not conversations or set(options) - {"max_new_tokens"}:
+            return self.generate_text(conversations, **options) if conversations else []
+        return self.answer_batch(conversations, options.get("max_new_tokens", MAX_NEW_TOKENS))
 
     def stream(self, images: Any, question: str, **options: Any) -> Iterator[str]:
         """The same answer in pieces, as they are made."""
@@ -113,6 +126,14 @@ class Assistant:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
+    def folded(self) -> AbstractContextManager[None]:
+        """For many answers in a row: while it lasts, adapters are part of the float32 weights they adapt."""
+        if not self.model.config.lora:
+            return nullcontext()
+        from eyespot.models.lora_linear import folded
+
+        return folded(self.model)
+
     @torch.inference_mode()
     def features(self, images: Sequence[Any]) -> Tensor:
         """Pictures -> patch features float [N, P, E]; a picture that was encoded lately is not encoded again."""
@@ -146,7 +167,7 @@ class Assistant:
         self,
         conversations: Sequence[tuple[Sequence[Any], Sequence[Message]]],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         **options: Any,
     ) -> list[str]:

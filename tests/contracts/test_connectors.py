@@ -22,7 +22,13 @@ PATCHES = 16
 # arguments of each connector for 16 patches; several entries try several settings
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "linear": [{}, {"bias": False}],
-    "mlp": [{}, {"depth": 1}, {"depth": 3, "hidden_dim": 20, "norm": True}, {"init": "default", "dropout": 0.5}],
+    "mlp": [
+        {},
+        {"depth": 1},
+        {"depth": 3, "hidden_dim": 20, "norm": True},
+        {"init": "default", "dropout": 0.5},
+        {"factor": 2},
+    ],
     "pixel_shuffle": [{}, {"factor": 1}, {"factor": 4, "bias": True}],
 }
 CASES = [
@@ -142,7 +148,7 @@ def test_pixel_shuffle_joins_neighbours() -> None:
 
 @pytest.mark.parametrize(
     ("num_patches", "factor"),
-    [(17, 1), (17, 2), (16, 3), (9, 2)],  # 17: a grid with CLS
+    [(17, 2), (16, 3), (9, 2)],  # 17: a grid with CLS
 )
 def test_pixel_shuffle_names_what_does_not_fit(num_patches: int, factor: int) -> None:
     connector = PixelShuffleConnector(VISION_DIM, WIDTH, factor=factor)
@@ -159,6 +165,7 @@ def test_pixel_shuffle_names_what_does_not_fit(num_patches: int, factor: int) ->
         ({"name": "mlp", "depth": 0}, "mlp depth is 0; at least 1"),
         ({"name": "mlp", "hidden_dim": 0}, "mlp hidden_dim is 0; at least 1"),
         ({"name": "mlp", "init": "zero"}, "mlp init is 'zero'; choose xavier or default"),
+        ({"name": "mlp", "factor": 0}, "mlp factor is 0; at least 1"),
         ({"name": "pixel_shuffle", "factor": 0}, "pixel_shuffle factor is 0; at least 1"),
         ({"name": "mpl"}, "unknown connector 'mpl'; did you mean 'mlp'"),
     ],

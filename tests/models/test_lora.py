@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from eyespot.models.lora import add_lora, linear_layers
-from eyespot.models.lora_linear import AdaptedLinear, LoRALinear, fuse
+from eyespot.models.lora_linear import AdaptedLinear, LoRALinear, folded, fuse
 from eyespot.models.vlm import VLM
 from tiny import LANGUAGES, close, collate, language_model, make_rows, make_vlm, training_batch, vision_encoder
 
@@ -312,3 +312,17 @@ def test_composed_models_use_the_fused_adapter() -> None:
     copied = copy.deepcopy(model)
     batch = training_batch()
     close(copied(**batch).loss, model(**batch).loss)
+
+
+def test_folded_adapters_answer_alike_and_leave_no_trace() -> None:
+    model = make_vlm("gemma3", lora={"language": LORA}).eval()
+    wake(model)
+    batch = training_batch()
+    before, wanted = snapshot(model), model(**batch, skip_logits=False).logits
+    with folded(model):
+        assert not torch.equal(model.state_dict()["language.model.layers.0.self_attn.q_proj.base_layer.weight"],
+                               before["language.model.layers.0.self_attn.q_proj.base_layer.weight"])  # fmt: skip
+        close(model(**batch, skip_logits=False).logits, wanted, 1e-4)
+    after = snapshot(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert torch.equal(model(**batch, skip_logits=False).logits, wanted)

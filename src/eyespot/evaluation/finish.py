@@ -99,14 +99,15 @@ class BeforeAndAfter:
         self, assistant: Assistant, samples: Sequence[Sample], name: str, controls: Sequence[str]
     ) -> Evaluation:
         settings = self.settings.evaluation
-        return evaluate(
-            assistant,
-            samples,
-            name=name,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            controls=controls,
-        )
+        with assistant.folded():
+            return evaluate(
+                assistant,
+                samples,
+                name=name,
+                batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens,
+                controls=controls,
+            )
 
 
 class _Silent:

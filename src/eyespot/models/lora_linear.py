@@ -7,6 +7,8 @@ goes to the narrow side. Same formula, same result but for rounding (arXiv 2106.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,22 +53,28 @@ class AdaptedLinear(torch.autograd.Function):
 class LoRALinear(Linear):
     """peft's adapted linear layer; the plain case of one active adapter without dropout goes through AdaptedLinear."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.base_layer
+    def plain_adapter(self) -> str | None:
+        """The name of the one active adapter of a plain frozen layer; None if anything is special."""
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if (
-            args or kwargs or self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant
-            or not isinstance(self.lora_dropout[names[0]], nn.Identity) or type(base) is not nn.Linear
-            or base.weight.requires_grad or self.lora_bias[names[0]]
-        ):  # fmt: skip
+        special = (
+            self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant
+            or not isinstance(self.lora_dropout[names[0]], nn.Identity) or self.lora_bias[names[0]]
+            or type(self.base_layer) is not nn.Linear or self.base_layer.weight.requires_grad
+        )  # fmt: skip
+        return None if special else names[0]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = None if args or kwargs else self.plain_adapter()
+        if name is None:
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[no-untyped-call]
             return result
+        base: Any = self.base_layer
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
         adapted: Tensor = AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype), base.weight.to(dtype), bias, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight,
-            self.scaling[names[0]],
+            x.to(dtype), base.weight.to(dtype), bias, self.lora_A[name].weight, self.lora_B[name].weight,
+            self.scaling[name],
         )  # fmt: skip
         return adapted
 
@@ -77,3 +85,26 @@ def fuse(module: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = LoRALinear
     return len(layers)
+
+
+@contextmanager
+def folded(module: nn.Module) -> Iterator[None]:
+    """Inside, float32 layers with a plain adapter use W + s B A, which is quicker; after it, W is as it was, bit for bit.
+
+    Layers in bfloat16 are left as they are: the sum would be rounded. Training inside is not possible.
+    """
+    layers = [
+        (layer, name, layer.base_layer.weight.data)
+        for layer in module.modules()
+        if isinstance(layer, LoRALinear) and layer.base_layer.weight.dtype == torch.float32
+        if (name := layer.plain_adapter()) is not None
+    ]
+    try:
+        for layer, name, weight in layers:
+            layer.base_layer.weight.data = weight + layer.get_delta_weight(name)  # type: ignore[no-untyped-call]
+            layer.merged_adapters.append(name)
+        yield
+    finally:
+        for layer, _, weight in layers:
+            layer.base_layer.weight.data = weight
+            layer.merged_adapters.clear()

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eyespot.models.fused_loss import fused_cross_entropy
+
 IGNORE_INDEX = -100
 
 
@@ -18,17 +20,24 @@ def head_logits(language: PreTrainedModel, hidden: Tensor) -> Tensor:
     The hidden states are made two-dimensional first: a frozen head would otherwise be multiplied batch-wise, which
     copies its whole weight.
     """
-    config = language.config.get_text_config()
     head = language.get_output_embeddings()
     assert isinstance(head, nn.Module)
     logits: Tensor = head(hidden.reshape(-1, hidden.shape[-1]))
-    if (scale := getattr(config, "logit_scale", None)) is not None:
+    scale, cap = after_head(language)
+    if scale != 1:
         logits = logits * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        logits = logits / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+    if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def after_head(language: PreTrainedModel) -> tuple[float, float | None]:
+    """What a language model does to its logits: a factor, and a soft cap or None."""
+    config = language.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    factor = (1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor))
+    return factor, getattr(config, "final_logit_softcapping", None)
 
 
 def supervised_hidden(hidden: Tensor, labels: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,6 +83,11 @@ def causal_loss(
     states, targets = supervised_hidden(hidden, labels, previous)
     if targets.numel() == 0:
         raise ValueError("no token of this batch is supervised; check the labels or raise the maximum length")
-    logits = head_logits(language, states).float()
-    total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
+    head = language.get_output_embeddings()
+    if type(head) is nn.Linear:
+        scale, cap = after_head(language)
+        total = fused_cross_entropy(states, head.weight, head.bias, targets.to(states.device), scale, cap)
+    else:  # an adapted or quantized head
+        logits = head_logits(language, states).float()
+        total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
     return total / (targets.numel() if num_items is None else num_items)

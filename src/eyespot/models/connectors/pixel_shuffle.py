@@ -7,6 +7,31 @@ import math
 from torch import Tensor, nn
 
 
+def join_patches(features: Tensor, factor: int) -> Tensor:
+    """float [N, P, E] -> float [N, P / factor^2, E * factor^2]: each square of patches, read row by row, as one token."""
+    if factor == 1:
+        return features
+    num_images, num_patches, width = features.shape
+    rows = math.isqrt(joined_tokens(num_patches, factor))
+    x = features.view(num_images, rows, factor, rows, factor, width)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(num_images, rows * rows, factor * factor * width)
+
+
+def joined_tokens(num_patches: int, factor: int) -> int:
+    """Tokens that ``join_patches`` makes.
+
+    Raises:
+        ValueError: the patches are not a square grid whose side the factor divides.
+    """
+    side = math.isqrt(num_patches)
+    if factor > 1 and (side * side != num_patches or side % factor):
+        raise ValueError(
+            f"connector factor {factor} does not fit {num_patches} patches; it needs a square grid whose side it divides "
+            "(drop the CLS token, or choose another image size or factor)"
+        )
+    return num_patches // factor**2
+
+
 class PixelShuffleConnector(nn.Module):
     """[N, P, E] -> [N, P / factor^2, D] (Idefics3, arXiv 2408.12637; nanoVLM, github.com/huggingface/nanoVLM).
 
@@ -25,24 +50,9 @@ class PixelShuffleConnector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """float [N, P, E] -> float [N, P / factor^2, D]."""
-        num_images, num_patches, width = features.shape
-        side = self.num_tokens(num_patches) ** 0.5
-        rows, factor = round(side), self.factor
-        x = features.view(num_images, rows, factor, rows, factor, width)
-        x = x.permute(0, 1, 3, 2, 4, 5).reshape(num_images, rows * rows, factor * factor * width)
-        out: Tensor = self.proj(x)
+        out: Tensor = self.proj(join_patches(features, self.factor))
         return out
 
     def num_tokens(self, num_patches: int) -> int:
-        """Tokens out for tokens in.
-
-        Raises:
-            ValueError: the patches are not a square grid whose side the factor divides.
-        """
-        side = math.isqrt(num_patches)
-        if side * side != num_patches or side % self.factor:
-            raise ValueError(
-                f"pixel_shuffle factor {self.factor} does not fit {num_patches} patches; it needs a square grid whose "
-                "side it divides (drop the CLS token, or choose another image size or factor)"
-            )
-        return (side // self.factor) ** 2
+        """Tokens out for tokens in; see ``joined_tokens``."""
+        return joined_tokens(num_patches, self.factor)
