@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUTPUT ?= runs
 export TOKENIZERS_PARALLELISM := false
+# glibc keeps freed buffers instead of asking the kernel for the same pages again at every step
+export MALLOC_MMAP_THRESHOLD_ := 33554432
+export MALLOC_TRIM_THRESHOLD_ := 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format scratch clean
