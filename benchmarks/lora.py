@@ -1,6 +1,6 @@
 """An adapted linear layer as one operation, beside peft's: forward and backward at the sizes of Gemma-3-270M.
 
-    python benchmarks/lora.py [result.json]
+python benchmarks/lora.py [result.json]
 """
 
 from __future__ import annotations

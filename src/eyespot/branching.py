@@ -87,9 +87,7 @@ def greedy(
             name: torch.cat([values, columns(tip_structure[name], PADDING[name])], dim=1)
             for name, values in structure.items()
         }
-        output = model(
-            columns(tokens, pad_id), past_key_values=cache, use_cache=True, skip_logits=True, **structure
-        )
+        output = model(columns(tokens, pad_id), past_key_values=cache, use_cache=True, skip_logits=True, **structure)
         hidden = output.last_hidden_state[tip_rows, slots]
     return answers
 

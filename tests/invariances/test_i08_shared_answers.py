@@ -66,4 +66,4 @@ def test_a_kernel_without_ready_masks_cannot_branch() -> None:
     assert can_branch(model)
     model.language.config._attn_implementation = "flash_attention_2"
     assert not can_branch(model)
-    assert VOCAB == model.config.image_token_id
+    assert model.config.image_token_id == VOCAB

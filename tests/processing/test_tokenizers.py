@@ -58,9 +58,7 @@ def test_padding_and_masks() -> None:
     assert batch["input_ids"][1][1] == BYTES.pad_token_id
 
 
-@pytest.mark.parametrize(
-    "tokenizer", [BYTES, char_tokenizer("ab <>eos.,!'\n日"), LEARNED], ids=["byte", "char", "bpe"]
-)
+@pytest.mark.parametrize("tokenizer", [BYTES, char_tokenizer("ab <>eos.,!'\n日"), LEARNED], ids=["byte", "char", "bpe"])
 def test_saved_and_loaded_offline(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 KERNELS = ("sdpa", "eager")  # those that take a ready mask
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
+
 def structure_mask(
     documents: Tensor,
     branches: Tensor,

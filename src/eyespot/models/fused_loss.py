@@ -1,8 +1,8 @@
 """Head and cross-entropy in one operation: logits live for a few rows at a time, gradients are made on the way.
 
 For V words and S supervised tokens, the plain form keeps several [S, V] arrays until the backward pass. Here a chunk of
-rows is multiplied, scored, turned into its own gradient in place and multiplied back before the next one starts. The idea
-is that of Liger Kernel (arXiv 2410.10989, section 3.2) and of Apple's cut cross-entropy (arXiv 2411.09009).
+rows is multiplied, scored, turned into its own gradient in place and multiplied back before the next one starts. The
+idea is that of Liger Kernel (arXiv 2410.10989, section 3.2) and of cut cross-entropy (arXiv 2411.09009).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
         return (*grads, None, None, None)

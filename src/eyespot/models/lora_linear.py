@@ -33,7 +33,7 @@ class AdaptedLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, low = ctx.saved_tensors
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
@@ -66,7 +66,7 @@ class LoRALinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else self.plain_adapter()
         if name is None:
-            result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[no-untyped-call]
+            result: Tensor = super().forward(x, *args, **kwargs)
             return result
         base: Any = self.base_layer
         kind = x.device.type
@@ -89,11 +89,11 @@ def fuse(module: nn.Module) -> int:
 
 @contextmanager
 def folded(module: nn.Module) -> Iterator[None]:
-    """Inside, float32 layers with a plain adapter use W + s B A, which is quicker; after it, W is as it was, bit for bit.
+    """Inside, float32 layers with a plain adapter use W + s B A, which is quicker; after it, W is what it was.
 
     Layers in bfloat16 are left as they are: the sum would be rounded. Training inside is not possible.
     """
-    layers = [
+    layers: list[tuple[Any, str, Any]] = [
         (layer, name, layer.base_layer.weight.data)
         for layer in module.modules()
         if isinstance(layer, LoRALinear) and layer.base_layer.weight.dtype == torch.float32
@@ -101,7 +101,7 @@ def folded(module: nn.Module) -> Iterator[None]:
     ]
     try:
         for layer, name, weight in layers:
-            layer.base_layer.weight.data = weight + layer.get_delta_weight(name)  # type: ignore[no-untyped-call]
+            layer.base_layer.weight.data = weight + layer.get_delta_weight(name)
             layer.merged_adapters.append(name)
         yield
     finally:

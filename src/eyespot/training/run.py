@@ -19,7 +19,16 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from eyespot.compose import build_from_settings, load_trained, save, with_dtypes
-from eyespot.config import ConfigError, DataSettings, ModelSettings, TrainerSettings, TrainSettings, check_settings, from_dict, to_dict
+from eyespot.config import (
+    ConfigError,
+    DataSettings,
+    ModelSettings,
+    TrainerSettings,
+    TrainSettings,
+    check_settings,
+    from_dict,
+    to_dict,
+)
 from eyespot.data import sources
 from eyespot.data.sample import LoadReport, Sample
 from eyespot.devices import choose_device, has_fast_bfloat16

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def join_patches(features: Tensor, factor: int) -> Tensor:
-    """float [N, P, E] -> float [N, P / factor^2, E * factor^2]: each square of patches, read row by row, as one token."""
+    """float [N, P, E] -> float [N, P / factor^2, E * factor^2]: each square of patches, row by row, as one token."""
     if factor == 1:
         return features
     num_images, num_patches, width = features.shape
@@ -26,8 +26,8 @@ def joined_tokens(num_patches: int, factor: int) -> int:
     side = math.isqrt(num_patches)
     if factor > 1 and (side * side != num_patches or side % factor):
         raise ValueError(
-            f"connector factor {factor} does not fit {num_patches} patches; it needs a square grid whose side it divides "
-            "(drop the CLS token, or choose another image size or factor)"
+            f"connector factor {factor} does not fit {num_patches} patches; it needs a square grid whose side it "
+            "divides (drop the CLS token, or choose another image size or factor)"
         )
     return num_patches // factor**2
 

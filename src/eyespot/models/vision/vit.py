@@ -102,7 +102,9 @@ class EyespotViTConfig(PreTrainedConfig):
         halvings = self.patch_size.bit_length() - 1
         narrowest = STEM_GROUPS << max(halvings - 1, 0)
         if self.patch_size != 1 << halvings or halvings < 1:
-            raise ValueError(f"the conv stem halves the picture, patch_size {self.patch_size} is no power of two from 2 on")
+            raise ValueError(
+                f"the conv stem halves the picture, patch_size {self.patch_size} is no power of two from 2 on"
+            )
         if self.hidden_size % narrowest:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of {narrowest}, which the conv stem with patch_size "
