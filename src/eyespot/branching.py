@@ -7,6 +7,7 @@ answer grows as new columns at the end of its row, seen by its own branch only.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,20 +77,22 @@ def greedy(
             break
         tip_structure["position_ids"] = tip_structure["position_ids"] + 1
         slots = _slots(tip_rows)
-        shape = (len(rows), int(slots.max()) + 1)
-
-        def columns(values: Tensor, padding: int, shape: tuple[int, int] = shape, slots: Tensor = slots) -> Tensor:
-            filled = torch.full(shape, padding, device=device)
-            filled[tip_rows, slots] = values  # noqa: B023  used at once
-            return filled
-
+        in_columns = partial(_columns, shape=(len(rows), int(slots.max()) + 1), rows=tip_rows, slots=slots)
         structure = {
-            name: torch.cat([values, columns(tip_structure[name], PADDING[name])], dim=1)
+            name: torch.cat([values, in_columns(tip_structure[name], PADDING[name])], dim=1)
             for name, values in structure.items()
         }
-        output = model(columns(tokens, pad_id), past_key_values=cache, use_cache=True, skip_logits=True, **structure)
+        new_ids = in_columns(tokens, pad_id)
+        output = model(new_ids, past_key_values=cache, use_cache=True, skip_logits=True, **structure)
         hidden = output.last_hidden_state[tip_rows, slots]
     return answers
+
+
+def _columns(values: Tensor, padding: int, shape: tuple[int, int], rows: Tensor, slots: Tensor) -> Tensor:
+    """Entry i of values at [rows[i], slots[i]], padding elsewhere: int64 [S] -> int64 of that shape."""
+    filled = torch.full(shape, padding, device=values.device)
+    filled[rows, slots] = values
+    return filled
 
 
 def _slots(rows: Tensor) -> Tensor:
