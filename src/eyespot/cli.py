@@ -18,6 +18,7 @@ EPILOG = """examples:
   eyespot caption runs/quickstart/model photos --out captions.jsonl
   eyespot evaluate runs/quickstart/model
   eyespot inspect data recipe=quickstart
+  eyespot cache show
 """
 
 
@@ -66,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("-n", type=int, default=6, help="number of samples")
     inspect.add_argument("--out", metavar="FILE", help="also write a picture (PNG) of what is shown")
+
+    cache = verbs.add_parser("cache", help="features of pictures that frozen encoders have seen, kept on disk")
+    cache.add_argument("what", choices=["show", "fill", "clear"])
+    cache.add_argument(
+        "target", nargs="*", metavar="ENCODER or key=value", help="clear: one encoder; fill: recipe=NAME and settings"
+    )
     return top
 
 
@@ -256,6 +263,49 @@ def inspect(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
+def cache(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Show, fill or clear the feature cache."""
+    from eyespot.data import features
+
+    root = features.features_root()
+    if options.what == "clear":
+        if len(options.target) > 1:
+            raise ValueError(f"clear takes one encoder or none for all, {len(options.target)} were given")
+        print(f"{features.clear(root, *options.target) / 1e6:,.1f} MB freed")
+        return 0
+    if options.what == "fill":
+        from rich.console import Console
+
+        from eyespot.training.run import compose_settings, fill_features
+
+        fill_features(compose_settings(options.target), Console(stderr=True))
+    elif options.target:
+        raise ValueError(f"show takes nothing more, {options.target[0]!r} was given")
+    print_features(root)
+    return 0
+
+
+def print_features(root: Path) -> None:
+    """A table of what is cached."""
+    from datetime import datetime
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from eyespot.data.features import stored
+
+    rows = stored(root)
+    table = Table(box=None, pad_edge=False)
+    for name in ("encoder", "what it is", "pictures", "tokens x width", "size", "last used"):
+        table.add_column(name, justify="right" if name in ("pictures", "size") else "left")
+    for row in rows:
+        used = datetime.fromtimestamp(row.used).astimezone().isoformat(" ", "minutes")
+        shape = " x ".join(map(str, row.shape))
+        table.add_row(row.key, row.name, f"{row.num_pictures:,}", shape, f"{row.num_bytes / 1e6:,.1f} MB", used)
+    Console().print(table)
+    print(f"{sum(row.num_bytes for row in rows) / 1e6:,.1f} MB in {root}")
+
+
 def _no_bars() -> None:
     """transformers shows a bar for every file that it loads."""
     from transformers.utils import logging
@@ -279,7 +329,9 @@ def _generation(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-VERBS = {"train": train, "ask": ask, "caption": caption, "evaluate": evaluate, "inspect": inspect}
+VERBS = {
+    "train": train, "ask": ask, "caption": caption, "evaluate": evaluate, "inspect": inspect, "cache": cache,
+}  # fmt: skip
 
 
 def script() -> None:

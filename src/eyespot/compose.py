@@ -246,13 +246,18 @@ def trained_tensors(model: VLM) -> dict[str, torch.Tensor]:
 
 
 def frozen_hash(model: VLM) -> str:
-    """SHA-256 over names, shapes and bytes of every tensor that training leaves alone."""
-    digest = hashlib.sha256()
+    """``tensors_hash`` of every tensor that training leaves alone."""
     trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}  # a tied weight has two names
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.data_ptr() not in trained:
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tensors_hash({name: t for name, t in model.state_dict().items() if t.data_ptr() not in trained})
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(data)
     return digest.hexdigest()
 
 

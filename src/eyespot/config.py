@@ -89,7 +89,8 @@ class DataSettings:
     """train and test: ``{"format": registered name, **arguments}``; validation_share: split off by picture;
     limit: at most so many training samples; max_length: tokens at which a sample is cut; packing: several samples in
     one row of at most row_length tokens; share: so many samples about the same picture stand behind one image
-    prefix."""
+    prefix; cache_features: a frozen encoder sees each picture once and its features are kept on disk, as long as those
+    of all encoders need at most cache_gb."""
 
     train: dict[str, Any]
     test: dict[str, Any] | None = None
@@ -99,6 +100,8 @@ class DataSettings:
     packing: bool = True
     row_length: int = 512
     share: int = 8
+    cache_features: bool = True
+    cache_gb: float = 20.0
 
 
 @dataclass
@@ -113,7 +116,7 @@ class LearningRates:
 @dataclass
 class TrainerSettings:
     """How the parameters move. One step reads ``batch_size * accumulate`` samples on each device (on average, when
-    samples about one picture stand together)."""
+    samples about one picture stand together). compile: torch.compile the layers, which pays in long runs on GPUs."""
 
     epochs: float = 1.0
     max_steps: int | None = None
@@ -128,6 +131,7 @@ class TrainerSettings:
     clip: float = 1.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
     num_workers: int = 0
@@ -307,6 +311,8 @@ def check_settings(settings: TrainSettings) -> None:
             raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be at least 1")
     if not 0 <= settings.data.validation_share < 1:
         raise ConfigError(f"data.validation_share is {settings.data.validation_share}; it must be from 0 to below 1")
+    if settings.data.cache_gb <= 0:
+        raise ConfigError(f"data.cache_gb is {settings.data.cache_gb}; it must be above 0 (or cache_features=false)")
     if trainer.epochs <= 0:
         raise ConfigError(f"trainer.epochs is {trainer.epochs}; it must be above 0")
     modes = {settings.model.vision.train, settings.model.connector.train, settings.model.language.train}

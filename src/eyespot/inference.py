@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import sys
 import threading
 from collections.abc import Hashable, Iterator, Sequence
@@ -17,6 +15,7 @@ from transformers import TextIteratorStreamer
 
 from eyespot.branching import can_branch, greedy
 from eyespot.compose import load_parts
+from eyespot.data.features import picture_digest
 from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.models.vlm import VLM
 from eyespot.processing.processor import Processor, check_counts
@@ -105,7 +104,7 @@ class Assistant:
         prompts = []
         for images, messages in conversations:
             check_counts(count_images(messages), len(images))
-            key = tuple(map(_picture_key, images))
+            key = tuple(map(picture_digest, images))
             prompts.append((self.processor.encode_prompt(messages), list(images), key))
         room = self._room(max(len(encoded.input_ids) for encoded, _, _ in prompts))
         ends = self.model.generation_config.eos_token_id
@@ -137,7 +136,7 @@ class Assistant:
     @torch.inference_mode()
     def features(self, images: Sequence[Any]) -> Tensor:
         """Pictures -> patch features float [N, P, E]; a picture that was encoded lately is not encoded again."""
-        keys = [_picture_key(image) for image in images]
+        keys = [picture_digest(image) for image in images]
         missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._features}
         if missing:
             pixels = self.processor.pixel_values(list(missing.values())).to(self.device)
@@ -189,19 +188,6 @@ class Assistant:
         with self.autocast():
             sequences = self.model.generate(**batch, max_new_tokens=min(max_new_tokens, room), **sampling, **options)
         return self.processor.decode_answers(sequences, batch["input_ids"].shape[1])
-
-
-def _picture_key(image: Any) -> Hashable:
-    """Equal for the same picture: a file by name, size and time, bytes by value, an opened picture by its pixels."""
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).digest()
-    if isinstance(image, (str, os.PathLike)):
-        try:
-            status = Path(image).stat()
-        except OSError:
-            return str(image)  # opening it says what is wrong
-        return str(image), status.st_size, status.st_mtime_ns
-    return hashlib.sha256(image.tobytes()).digest(), image.mode, image.size
 
 
 def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Assistant:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eyespot.data.collate import Collator, Window, image_key
-from eyespot.data.sample import Sample
+from eyespot.data.sample import ImageSource, Sample
 
 
 class Units(Dataset[list[Sample]]):
@@ -47,6 +47,10 @@ class Units(Dataset[list[Sample]]):
         rng = random.Random(f"{self.seed}-{epoch}-{index}-visit")
         return [self.samples[i].visit(rng) for i in order[first:last]]
 
+    def pictures(self, index: int) -> tuple[ImageSource, ...]:
+        """What the samples of a unit are about; only a unit of one sample can have others than its first has."""
+        return self.samples[self.groups[self.pieces[index][0]][0]].images
+
     @property
     def mean_size(self) -> float:
         """Samples in a unit, on average."""
@@ -78,6 +82,11 @@ class WindowSampler(Sampler[list[tuple[int, int]]]):
     def permutation(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.num_units, generator=generator).tolist()
+
+    def visited(self, num_steps: int) -> list[int]:
+        """Units that the first so many steps read on any device, each once, in the order of the first epoch."""
+        positions = min(num_steps * self.window, self.total)
+        return self.permutation(0)[:positions]
 
     def __len__(self) -> int:
         return self.num_steps
@@ -127,6 +136,13 @@ class VLMDataModule(lightning.LightningDataModule):
         self.units_per_batch = max(1, round(batch_size / self.train_units.mean_size))
         window = self.units_per_batch * collator.accumulate * world
         self.sampler = WindowSampler(len(self.train_units), epochs, window, seed, world=world)
+
+    def pictures(self, num_steps: int) -> Iterator[ImageSource]:
+        """Those that so many steps and the validation read; one may come several times."""
+        for index in self.sampler.visited(num_steps):
+            yield from self.train_units.pictures(index)
+        for index in range(len(self.validation_units)):
+            yield from self.validation_units.pictures(index)
 
     def train_dataloader(self) -> DataLoader[Window]:
         """One Window for each optimizer step, starting at the step that the trainer has reached."""

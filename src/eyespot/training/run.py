@@ -8,11 +8,12 @@ import logging
 import math
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -30,13 +31,17 @@ from eyespot.config import (
     to_dict,
 )
 from eyespot.data import sources
-from eyespot.data.sample import LoadReport, Sample
+from eyespot.data.sample import ImageSource, LoadReport, Sample
 from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.files import default_cache, make_folder
 from eyespot.inference import Assistant, load
+from eyespot.models.compiling import compile_layers
 from eyespot.models.parameters import parameter_table
 from eyespot.processing.tokenizers import bpe_tokenizer
 from eyespot.registry import closest
+
+if TYPE_CHECKING:
+    from eyespot.data.features import FeatureStore
 
 BeforeTraining = Callable[[Assistant], None]
 RECORD_FILE = "training.json"
@@ -305,6 +310,8 @@ def _fit(
     if trainer_settings.gradient_checkpointing:
         # transformers 5.23 renamed it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if trainer_settings.compile:
+        compile_layers(model)
     row_length = settings.data.row_length if settings.data.packing else None
     collator = Collator(processor, trainer_settings.accumulate, settings.data.max_length, row_length)
     if resume is None and model_settings.connector.calibrate:
@@ -327,6 +334,7 @@ def _fit(
     )
     num_steps = min(data.sampler.num_steps, trainer_settings.max_steps or data.sampler.num_steps)
     assistant = Assistant(model, processor, str(device))
+    collator.features = cached_features(settings, assistant, data.pictures(num_steps), console)
     if resume is None and before_training is not None and is_first_process():
         before_training(assistant)
         lightning.seed_everything(trainer_settings.seed, verbose=False)
@@ -395,6 +403,64 @@ def calibrate(model: Any, batches: list[dict[str, torch.Tensor]], console: Conso
         raise ConfigError(
             f"image embeddings are {after:.3g} times the size of text embeddings; check the vision encoder"
         )
+
+
+def cached_features(
+    settings: TrainSettings, assistant: Assistant, pictures: Iterable[ImageSource], console: Console
+) -> FeatureStore | None:
+    """The features of the pictures on disk, computed where they were missing; None if the encoder learns, the settings
+    say no, or they do not fit (which is said)."""
+    from eyespot.data.features import CacheFull, FeatureStore, describe, encoder_key, features_root, fill
+
+    model, processor = assistant.model, assistant.processor
+    if not settings.data.cache_features or any(p.requires_grad for p in model.vision.parameters()):
+        return None
+    precision = precision_of(settings.trainer, assistant.device)
+    store = FeatureStore(features_root() / encoder_key(model, processor, f"{precision} {assistant.device.type}"))
+    bfloat16 = torch.autocast(assistant.device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed")
+
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        with bfloat16:
+            features: torch.Tensor = model.encode_images(pixels.to(assistant.device))
+        return features
+
+    describe(store.folder, model)
+    started = time.perf_counter()
+    try:
+        done = fill(
+            store, pictures, processor, encode, limit_bytes=settings.data.cache_gb * 1e9,
+            num_workers=settings.trainer.num_workers, console=console,
+        )  # fmt: skip
+    except CacheFull as error:
+        console.print(f"every step encodes its pictures: {error}", markup=False)
+        return None
+    if done:
+        seconds = time.perf_counter() - started
+        console.print(f"features of {done:,} pictures cached in {seconds:.0f} s ({done / seconds:.0f} a second)")
+    return store
+
+
+def fill_features(settings: TrainSettings, console: Console) -> None:
+    """Encode all pictures of a run beforehand, so that training and its repetitions find them.
+
+    Raises:
+        ConfigError: the encoder of the recipe learns, or the cache is switched off.
+    """
+    if settings.model.vision.train != "frozen" or not settings.data.cache_features:
+        raise ConfigError(
+            f"model.vision.train is {settings.model.vision.train!r} and data.cache_features is "
+            f"{settings.data.cache_features}; only features of a frozen encoder can be kept, with cache_features=true"
+        )
+    _quiet()
+    device = choose_device(settings.trainer.device)
+    train_samples, validation, report = load_data(settings.data, settings.trainer.seed)
+    console.print(report.summary(), markup=False)
+    model_settings = with_tokenizer(with_dtypes(settings.model, device), train_samples)
+    torch.manual_seed(settings.trainer.seed)  # a frozen part may be random
+    model, processor = build_from_settings(model_settings)
+    pictures = (image for sample in [*train_samples, *validation] for image in sample.images)
+    cached_features(settings, Assistant(model, processor, str(device)), pictures, console)
 
 
 def save_whole(model: Any, processor: Any, folder: Path, record: dict[str, Any]) -> None:
