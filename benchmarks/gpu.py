@@ -139,12 +139,10 @@ def flops_per_sample(work: Work, batch: dict[str, torch.Tensor], encode: bool) -
 
     model = build(work)
     one = {name: t[:1] for name, t in batch.items()}
+    if not encode:
+        with torch.no_grad():
+            one["image_features"] = model.encode_images(one.pop("pixel_values"))
     with FlopCounterMode(display=False) as counter:
-        if not encode:
-            with torch.no_grad():
-                features = model.encode_images(one.pop("pixel_values"))
-            counter.reset()
-            one["image_features"] = features
         where_labelled(model, one).backward()
     return float(counter.get_total_flops())
 
@@ -202,10 +200,11 @@ SWITCHES = {
 }
 
 
-def rows_of(work: Work, batches: tuple[int, ...], top: float) -> list[dict[str, Any]]:
+def rows_of(work: Work, batches: tuple[int, ...], top: float, may_compile: bool) -> list[dict[str, Any]]:
     rows = []
     flops = {encode: flops_per_sample(work, batch_of(work, 1), encode) for encode in (True, False)}
     for name, switches in SWITCHES.items():
+        switches = {**switches, "compiled": switches["compiled"] and may_compile}
         if switches["cached"] and work.modes["vision"] != "frozen":
             if "checkpointing" not in switches:
                 continue
@@ -228,6 +227,7 @@ def main() -> None:
     arguments.add_argument("--tiny", action="store_true")
     arguments.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     arguments.add_argument("--models", default="AC")
+    arguments.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
     if DEVICE.type != "cuda" and not given.tiny:
@@ -237,7 +237,7 @@ def main() -> None:
     rows = []
     for letter, make in (("A", model_a), ("C", model_c)):
         if letter in given.models:
-            rows += rows_of(make(given.tiny), tuple(given.batches), top)
+            rows += rows_of(make(given.tiny), tuple(given.batches), top, not given.no_compile)
     fastest = max(
         (row["samples_per_s"] for row in rows if row["model"][0] == "A" and "samples_per_s" in row), default=0
     )

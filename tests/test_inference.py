@@ -112,13 +112,14 @@ def test_a_file_that_changed_is_encoded_again(assistant: Assistant, counted: lis
 def test_memory_of_pictures_is_bounded(
     assistant: Assistant, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assistant.forget()
     one = assistant.features([picture("red")])
     monkeypatch.setattr("eyespot.inference.FEATURE_BYTES", 2 * one.nbytes)
     for color in ("green", "blue", "white"):
         assistant.features([picture(color)])
     assert len(assistant._features) == 2
     assistant.features([picture("red")])
-    assert len(counted) == 4
+    assert len(counted) == 5
 
 
 def test_errors_of_the_streaming_thread_arrive(assistant: Assistant) -> None:

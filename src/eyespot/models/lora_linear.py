@@ -50,16 +50,22 @@ class AdaptedLinear(torch.autograd.Function):
         return grad_x, None, grad.sum(0) if needs_bias else None, grad_a, grad_b, None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes what ``nn.Linear`` computes; subclasses may only mark it."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 class LoRALinear(Linear):
-    """peft's adapted linear layer; the plain case of one active adapter without dropout goes through AdaptedLinear."""
+    """peft's adapted linear layer; the plain case of one active adapter without dropout at work goes through
+    AdaptedLinear."""
 
     def plain_adapter(self) -> str | None:
         """The name of the one active adapter of a plain frozen layer; None if anything is special."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         special = (
             self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant
-            or not isinstance(self.lora_dropout[names[0]], nn.Identity) or self.lora_bias[names[0]]
-            or type(self.base_layer) is not nn.Linear or self.base_layer.weight.requires_grad
+            or (self.training and not isinstance(self.lora_dropout[names[0]], nn.Identity)) or self.lora_bias[names[0]]
+            or not is_linear(self.base_layer) or self.base_layer.weight.requires_grad
         )  # fmt: skip
         return None if special else names[0]
 

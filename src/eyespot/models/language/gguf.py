@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from eyespot.files import default_cache, make_folder
 
@@ -68,10 +72,27 @@ def sha256(path: Path) -> str:
 
 def unpack(path: Path, folder: Path) -> None:
     """Write the GGUF's model and tokenizer as a bfloat16 transformers folder."""
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-    _forget_quantization(model)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    with _read_once():
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        _forget_quantization(model)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads the whole file for configuration, weights and tokenizer; 262,144 words make that ten seconds
+    and more each time. It also warns that packed weights would be quicker, which are not kept here."""
+    import gguf
+
+    reader, verbosity = gguf.GGUFReader, logging.get_verbosity()
+    gguf.GGUFReader = functools.cache(reader)  # type: ignore[assignment,misc]
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
+        logging.set_verbosity(verbosity)
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
