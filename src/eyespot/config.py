@@ -116,7 +116,8 @@ class LearningRates:
 @dataclass
 class TrainerSettings:
     """How the parameters move. One step reads ``batch_size * accumulate`` samples on each device (on average, when
-    samples about one picture stand together). compile: torch.compile the layers, which pays in long runs on GPUs."""
+    samples about one picture stand together). compile: torch.compile the layers, which pays in long runs on GPUs.
+    num_workers: processes that read and resize pictures; by default none beside a CPU, which is busy itself."""
 
     epochs: float = 1.0
     max_steps: int | None = None
@@ -134,7 +135,7 @@ class TrainerSettings:
     compile: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
-    num_workers: int = 0
+    num_workers: int | None = None
     seed: int = 42
     log_every: int = 10
     validate_every: int = 500

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eyespot.data.packing import fill_rows, pack, row_columns, share_prefixes
-from eyespot.models.attention import structure_mask
+from eyespot.models.attention import block_mask, structure_mask
 from eyespot.models.vlm import VLM
 from eyespot.processing.processor import IGNORE_INDEX, Encoded
 from tiny import VOCAB, Row, close, make_row, make_vlm
@@ -149,6 +149,20 @@ def test_the_last_queries_get_the_last_rows_of_the_mask() -> None:
         assert torch.equal(structure_mask(*structure, window=window, num_queries=4), whole[:, :, -4:])
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("num_queries", [None, 5])
+def test_flex_attention_gets_the_same_mask(window: int | None, num_queries: int | None) -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, _ = pack(fill_rows(share_prefixes(samples(), VOCAB, 40), 40), pad_id=0)
+    structure = [batch[n] for n in ("documents", "branches", "position_ids")]
+    wanted = structure_mask(*structure, window=window, num_queries=num_queries)
+    flex = block_mask(*structure, window=window, num_queries=num_queries)
+    rows, _, queries, keys = wanted.shape
+    assert tuple(flex.shape) == (rows, 1, queries, keys)
+    assert torch.equal(create_mask(flex.mask_mod, rows, 1, queries, keys, device="cpu"), wanted)
+
+
 def test_the_first_token_of_a_packed_document_is_not_learned() -> None:
     documents = share_prefixes([(Encoded([5, 6], [5, 6], 0), [], i) for i in range(2)], VOCAB, 100)
     batch, _ = pack(fill_rows(documents, 100), pad_id=0)
@@ -158,7 +172,7 @@ def test_the_first_token_of_a_packed_document_is_not_learned() -> None:
 def test_kernels_without_ready_masks_are_refused() -> None:
     model = make_vlm()
     model.language.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="packed rows need attention kernel sdpa or eager"):
+    with pytest.raises(ValueError, match="packed rows need attention kernel sdpa, eager, flex_attention, not 'flash"):
         together(model, 40, share=True)
 
 

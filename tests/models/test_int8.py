@@ -90,6 +90,9 @@ def test_a_folder_is_loaded_in_int8(tmp_path: Path) -> None:
          "lora": {"r": 2, "targets": "attention"}},
     )  # fmt: skip
     eyespot.save(model, processor, tmp_path / "model")
+    plain = eyespot.load(tmp_path / "model", dtype="float32")
+    adapted = [m for m in plain.model.modules() if isinstance(m, LoRALinear)]
+    assert adapted and all(m.plain_adapter() == "default" for m in adapted), "a loaded model takes the quick ways, too"
     assistant = eyespot.load(tmp_path / "model", dtype="int8")
     assert sum(isinstance(m, Int8Linear) for m in assistant.model.modules()) > 10
     picture = Image.new("RGB", (20, 20), "red")

@@ -285,6 +285,13 @@ def precision_of(settings: TrainerSettings, device: torch.device) -> str:
     return {"bf16": "bf16-mixed", "fp32": "32-true"}[settings.precision]
 
 
+def num_workers_of(settings: TrainerSettings, device: torch.device) -> int:
+    """Processes that read and resize pictures."""
+    if settings.num_workers is not None:
+        return settings.num_workers
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
 def _fit(
     settings: TrainSettings,
     folder: Path,
@@ -304,6 +311,8 @@ def _fit(
 
     trainer_settings = settings.trainer
     device = choose_device(trainer_settings.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     lightning.seed_everything(trainer_settings.seed, verbose=False)
     model_settings = with_tokenizer(settings.model, train_samples)
     model, processor = build_from_settings(model_settings)
@@ -329,7 +338,7 @@ def _fit(
         share=settings.data.share if settings.data.packing else 1,
         epochs=trainer_settings.epochs,
         seed=trainer_settings.seed,
-        num_workers=trainer_settings.num_workers,
+        num_workers=num_workers_of(trainer_settings, device),
         world=trainer_settings.devices,
     )
     num_steps = min(data.sampler.num_steps, trainer_settings.max_steps or data.sampler.num_steps)
@@ -430,7 +439,7 @@ def cached_features(
     try:
         done = fill(
             store, pictures, processor, encode, limit_bytes=settings.data.cache_gb * 1e9,
-            num_workers=settings.trainer.num_workers, console=console,
+            num_workers=num_workers_of(settings.trainer, assistant.device), console=console,
         )  # fmt: skip
     except CacheFull as error:
         console.print(f"every step encodes its pictures: {error}", markup=False)
