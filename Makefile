@@ -35,8 +35,8 @@ demo: $(STAMP) ## Train the quickstart on two CPU cores, evaluate it, write mode
 scratch: $(STAMP) ## The same task with own ViT and own GPT from random weights
 	$(BIN)/eyespot train recipe=scratch_tiny output_dir=$(OUTPUT) --fresh
 
-test: $(DEV) lint ## Lint, type-check and test with coverage (no network)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+test: $(DEV) lint ## Lint, type-check and test with coverage, on all cores (no network)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
 lint: $(DEV) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -303,7 +303,8 @@ def print_features(root: Path) -> None:
 
     rows = stored(root)
     table = Table(box=None, pad_edge=False)
-    for name in ("encoder", "what it is", "pictures", "tokens x width", "size", "last used"):
+    table.add_column("encoder", no_wrap=True, min_width=16)  # the whole name is what `clear` takes
+    for name in ("what it is", "pictures", "tokens x width", "size", "last used"):
         table.add_column(name, justify="right" if name in ("pictures", "size") else "left")
     for row in rows:
         used = datetime.fromtimestamp(row.used).astimezone().isoformat(" ", "minutes")

@@ -60,12 +60,13 @@ class LoRALinear(Linear):
     AdaptedLinear."""
 
     def plain_adapter(self) -> str | None:
-        """The name of the one active adapter of a plain frozen layer; None if anything is special."""
+        """The name of the one active adapter of a plain layer that does not learn now; None if anything is special."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         special = (
             self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant
             or (self.training and not isinstance(self.lora_dropout[names[0]], nn.Identity)) or self.lora_bias[names[0]]
-            or not is_linear(self.base_layer) or self.base_layer.weight.requires_grad
+            or not is_linear(self.base_layer)
+            or (self.base_layer.weight.requires_grad and torch.is_grad_enabled())
         )  # fmt: skip
         return None if special else names[0]
 
