@@ -97,7 +97,7 @@ class Adapter(PeerAdapter):
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     def train_epochs(self, batches: list[Batch], epochs: int) -> float:
         """With the feature cache; filling it counts."""
@@ -138,7 +138,7 @@ class Adapter(PeerAdapter):
     ask_many_batched = None  # the same as ask_many
 
 
-def check(out: Path | None) -> None:
+def check(works: list[str], out: Path | None) -> None:
     """The first loss beside P2's, on equal weights."""
     from adapters.p2_llava import Adapter as Llava
     from workload import t1_batches, t2_batches
@@ -153,11 +153,11 @@ def check(out: Path | None) -> None:
         layer.weight.data.copy_(source.weight.data)
         layer.bias.data.copy_(source.bias.data)
     rows = []
-    for name, batch in (("T1", t1_batches(context.cache, 1)[0]), ("T2", t2_batches(context.cache, 1)[0])):
+    for name in works:
+        [batch] = {"T1": t1_batches, "T2": t2_batches}[name](context.cache, 1)
         with torch.no_grad():
             own = float(ours.loss(batch))
-        # a step of P2 would change its weights
-        expected = reference(theirs, batch)
+        expected = reference(theirs, batch)  # not a step: that would change its weights
         rows.append({"work": name, "eyespot": own, "p2_llava": expected, "difference": own - expected})
         print(rows[-1], flush=True)
     if any(abs(row["difference"]) > 0.02 * row["p2_llava"] for row in rows):  # type: ignore[operator]
@@ -180,9 +180,9 @@ def reference(llava: Any, batch: Batch) -> float:
     return total / batch.supervised
 
 
-def run(harness: Path, out: Path, peer_tasks: str, own_tasks: str) -> None:
-    """Each column in a process of its own, started by the harness's worker."""
-    rows: list[dict[str, Any]] = []
+def run(harness: Path, out: Path, columns: list[str], peer_tasks: str, own_tasks: str) -> None:
+    """Each column in a process of its own, started by the harness's worker; rows already in the file stay."""
+    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for path in harness.glob("*.py"):
@@ -194,7 +194,7 @@ def run(harness: Path, out: Path, peer_tasks: str, own_tasks: str) -> None:
         # not the resolved path of worker.py: it puts its own folder first
         environment = {**os.environ, "PYTHONPATH": f"{copy}:{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
         code = f"import sys; sys.path.insert(0, {str(copy)!r}); import worker; worker.main()"
-        for peer in ("p0_seed0", "p2_llava", "eyespot_column"):
+        for peer in columns:
             tasks = own_tasks if peer == "eyespot_column" else peer_tasks
             result = copy / f"{peer}.json"
             print(f"{peer}: {tasks}", flush=True)
@@ -212,13 +212,15 @@ def main() -> None:
     arguments.add_argument("harness", type=Path)
     arguments.add_argument("what", choices=["check", "run"])
     arguments.add_argument("--out", type=Path)
+    arguments.add_argument("--work", nargs="+", default=["T1"], choices=["T1", "T2"], help="what to check")
+    arguments.add_argument("--columns", nargs="+", default=["p0_seed0", "p2_llava", "eyespot_column"])
     arguments.add_argument("--peer-tasks", default="T1:1,G1:1,G2:1,G3:1")
     arguments.add_argument("--own-tasks", default="T1:2,T2:1,T3:1,G1:1,G2:1,G3:1")
     given = arguments.parse_args()
     if given.what == "check":
-        check(given.out)
+        check(given.work, given.out)
     else:
-        run(given.harness, given.out, given.peer_tasks, given.own_tasks)
+        run(given.harness, given.out, given.columns, given.peer_tasks, given.own_tasks)
 
 
 if __name__ == "__main__":
