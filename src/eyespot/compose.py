@@ -303,7 +303,15 @@ def load_trained(model: VLM, folder: Path) -> None:
 
 
 def save(model: VLM, processor: Processor, folder: str | Path) -> None:
-    """Model and processor as one transformers folder (safetensors and JSON)."""
+    """Model and processor as one transformers folder (safetensors and JSON).
+
+    Raises:
+        ValueError: the model's layers were rounded to int8, which no folder of transformers can hold.
+    """
+    if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
+        raise ValueError(
+            "a model in int8 is for answering and cannot be saved; load it with dtype=float32 and save that"
+        )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -95,6 +95,9 @@ def test_a_folder_is_loaded_in_int8(tmp_path: Path) -> None:
     assert adapted and all(m.plain_adapter() == "default" for m in adapted), "a loaded model takes the quick ways, too"
     assistant = eyespot.load(tmp_path / "model", dtype="int8")
     assert sum(isinstance(m, Int8Linear) for m in assistant.model.modules()) > 10
+    with pytest.raises(ValueError, match="a model in int8 is for answering and cannot be saved"):
+        eyespot.save(assistant.model, processor, tmp_path / "rounded")
+    assert not (tmp_path / "rounded").exists()
     picture = Image.new("RGB", (20, 20), "red")
     with assistant.folded():
         answers = assistant.ask(picture, ["hm?", "what is it?"], max_new_tokens=4)
