@@ -3,9 +3,12 @@
     export PEERS_CACHE=<folder that the harness's prepare.py filled>
     python benchmarks/peers.py HARNESS check [--out loss.json]
     python benchmarks/peers.py HARNESS run --out run.json
+    python benchmarks/peers.py HARNESS profile --out profile.json
 
 ``check`` compares the first loss with that of transformers' LlavaForConditionalGeneration (column P2) on the same
 weights. ``run`` times P0 and P2 beside eyespot, each in its own process, and writes what the harness's report.py reads.
+``profile`` says where eyespot's own time goes in each work: matrix products and the rate they reach, beside what one
+large product reaches on the machine in the same minute.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ from adapter import Batch, Ctx, PeerAdapter
 from workload import BOS, IMG, N_PATCH, PAD
 
 ROW_LENGTH = 512
+PICTURES = 2  # in a micro-batch of a training step: the gradient is that of the whole batch, the memory that of a part
 LORA = {"r": 64, "alpha": 128, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
@@ -74,30 +79,36 @@ class Adapter(PeerAdapter):
     def autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.fast)
 
-    def packed(self, batch: Batch) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """Rows of the batch, pairs about one picture behind one image prefix; and the pictures in their order."""
+    def packed(self, parts: list[Any]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Rows of some samples, pairs about one picture behind one image prefix; and the pictures in their order."""
         samples = []
-        for s in batch.samples:
+        for s in parts:
             prompt = [BOS, *[IMG] * N_PATCH, *s.prompt_ids]
             labels = [IGNORE_INDEX] * len(prompt) + s.answer_ids
             samples.append((Encoded(prompt + s.answer_ids, labels, 1), [s.image], s.image))
         return pack(fill_rows(share_prefixes(samples, IMG, ROW_LENGTH), ROW_LENGTH), PAD)
 
-    def loss(self, batch: Batch, features: torch.Tensor | None = None) -> torch.Tensor:
-        columns, images = self.packed(batch)
-        pictures = {"pixel_values": batch.pixels[images]} if features is None else {"image_features": features[images]}
-        with self.autocast():
-            loss: torch.Tensor = self.model(**columns, **pictures).loss
-        return loss
+    def losses(self, batch: Batch, features: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """The loss of the batch as a sum over micro-batches of a few pictures."""
+        for first in range(0, len(batch.pixels), PICTURES):
+            part = [s for s in batch.samples if first <= s.image < first + PICTURES]
+            columns, images = self.packed(part)
+            pictures = {"pixel_values": batch.pixels} if features is None else {"image_features": features}
+            pictures = {name: tensor[images] for name, tensor in pictures.items()}
+            with self.autocast():
+                loss: torch.Tensor = self.model(**columns, **pictures, num_items_in_batch=batch.supervised).loss
+            yield loss
 
     def train_step(self, batch: Batch, features: torch.Tensor | None = None) -> float:
         self.model.train()
-        loss = self.loss(batch, features)
-        loss.backward()
+        total = 0.0
+        for loss in self.losses(batch, features):
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        return total
 
     def train_epochs(self, batches: list[Batch], epochs: int) -> float:
         """With the feature cache; filling it counts."""
@@ -156,7 +167,7 @@ def check(works: list[str], out: Path | None) -> None:
     for name in works:
         [batch] = {"T1": t1_batches, "T2": t2_batches}[name](context.cache, 1)
         with torch.no_grad():
-            own = float(ours.loss(batch))
+            own = sum(float(loss) for loss in ours.losses(batch))
         expected = reference(theirs, batch)  # not a step: that would change its weights
         rows.append({"work": name, "eyespot": own, "p2_llava": expected, "difference": own - expected})
         print(rows[-1], flush=True)
@@ -178,6 +189,80 @@ def reference(llava: Any, batch: Batch) -> float:
             out = llava.model(input_ids=ids, pixel_values=batch.pixels[s.image : s.image + 1], labels=labels)
         total += float(out.loss) * len(s.answer_ids)
     return total / batch.supervised
+
+
+KINDS = {
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::addmm_",
+        "aten::bmm",
+        "aten::baddbmm",
+        "mkldnn",
+        "_convolution",
+    ),
+    "attention": ("scaled_dot_product", "_flash_attention"),
+    "copies and casts": ("aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::clone", "aten::fill_"),
+}
+
+
+def kind_of(operation: str) -> str:
+    return next((kind for kind, names in KINDS.items() if any(name in operation for name in names)), "everything else")
+
+
+def profile_of(call: Callable[[], object]) -> dict[str, Any]:
+    """Seconds by kind of operation of one call, after a first one."""
+    from torch.profiler import profile
+
+    call()
+    start = time.perf_counter()
+    with profile(with_flops=True) as recorded:
+        call()
+    seconds: dict[str, float] = dict.fromkeys([*KINDS, "everything else"], 0.0)
+    flops = 0
+    for event in recorded.key_averages():
+        seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+        flops += event.flops if kind_of(event.key) == "matrix products" else 0
+    products = seconds["matrix products"]
+    return {"wall_s": time.perf_counter() - start, **seconds, "gflops_in_products": flops / products / 1e9}
+
+
+def profile_works(out: Path | None) -> None:
+    """Where the time goes: T1, T2, a step of T3 with features at hand, and answers of one token and of nine."""
+    from workload import gen_inputs, t1_batches, t2_batches
+
+    context = Ctx.from_env()
+    ours = Adapter()
+    ours.setup(context)
+    [one], [shared] = t1_batches(context.cache, 1), t2_batches(context.cache, 1)
+    features = ours.encode(list(one.pixels)).clone()
+    picture, prompt = gen_inputs(context.cache, 1)
+    pictures, prompts = gen_inputs(context.cache, 8)
+    works: dict[str, Callable[[], object]] = {
+        "T1": lambda: ours.train_step(one),
+        "T2": lambda: ours.train_step(shared),
+        "T3, a step": lambda: ours.train_step(one, features),
+        "G1, first token": lambda: ours.generate(picture, prompt, 1),
+        "G1, nine tokens": lambda: ours.generate(picture, prompt, 9),
+        "G2, first tokens": lambda: ours.generate(pictures, prompts, 1),
+        "G2, nine tokens": lambda: ours.generate(pictures, prompts, 9),
+    }
+    left, right = torch.randn(2048, 1024), torch.randn(1024, 4096)
+    rows = []
+    for name, call in works.items():
+        product = min(elapsed(lambda: left @ right) for _ in range(5))
+        rows.append({"work": name, "one_product_gflops": 2 * 2048 * 1024 * 4096 / product / 1e9, **profile_of(call)})
+        print(
+            {key: round(value, 2) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True
+        )
+    if out is not None:
+        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def elapsed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def run(harness: Path, out: Path, columns: list[str], peer_tasks: str, own_tasks: str) -> None:
@@ -210,7 +295,7 @@ def run(harness: Path, out: Path, columns: list[str], peer_tasks: str, own_tasks
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("harness", type=Path)
-    arguments.add_argument("what", choices=["check", "run"])
+    arguments.add_argument("what", choices=["check", "run", "profile"])
     arguments.add_argument("--out", type=Path)
     arguments.add_argument("--work", nargs="+", default=["T1"], choices=["T1", "T2"], help="what to check")
     arguments.add_argument("--columns", nargs="+", default=["p0_seed0", "p2_llava", "eyespot_column"])
@@ -219,6 +304,8 @@ def main() -> None:
     given = arguments.parse_args()
     if given.what == "check":
         check(given.work, given.out)
+    elif given.what == "profile":
+        profile_works(given.out)
     else:
         run(given.harness, given.out, given.columns, given.peer_tasks, given.own_tasks)
 

@@ -15,7 +15,7 @@ import eyespot
 SOURCE = Path(eyespot.__file__).parent
 # a module imports only from its own place or from further left; places in one tuple do not know each other
 ORDER: list[tuple[str, ...]] = [
-    ("registry", "devices", "files"),
+    ("registry", "devices", "files", "pictures"),
     ("config",),
     ("models", "processing"),
     ("compose",),
@@ -33,7 +33,8 @@ RANK = {place: i for i, places in enumerate(ORDER) for place in places}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 # what only training, data sets, serving or shipping need
 OPTIONAL = ["hydra", "omegaconf", "lightning", "pytorch_lightning", "tensorboard", "gradio", "fastapi", "datasets",
-            "pyarrow", "pandas", "matplotlib", "gguf", "mlflow", "wandb", "torchvision", "easy_vqa"]  # fmt: skip
+            "pyarrow", "pandas", "matplotlib", "gguf", "mlflow", "wandb", "torchvision", "easy_vqa",
+            "py3langid"]  # fmt: skip
 
 
 def place(path: Path) -> str:

@@ -122,6 +122,32 @@ def test_memory_of_pictures_is_bounded(
     assert len(counted) == 5
 
 
+def test_the_prefix_of_a_picture_is_computed_once(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = ["what?", "who is it?", "why"]
+    alone = []
+    for question in questions:
+        assistant.forget()
+        alone.append(assistant.ask(picture("red"), question, max_new_tokens=9))
+    lengths: list[int] = []
+    prefill = assistant.model.prefill
+
+    def count(input_ids: torch.Tensor, features: torch.Tensor) -> object:
+        lengths.append(input_ids.shape[1])
+        return prefill(input_ids, features)
+
+    monkeypatch.setattr(assistant.model, "prefill", count)
+    assistant.forget()
+    assert [assistant.ask(picture("red"), q, max_new_tokens=9) for q in questions] == alone
+    assert len(set(alone)) == 3 and len(lengths) == 1
+    beams = assistant.ask(picture("red"), "what?", max_new_tokens=9, num_beams=2)
+    assert beams and len(lengths) == 1  # beams multiply the rows: they start anew
+    assistant.ask(picture("blue"), "what?", max_new_tokens=2)
+    assert len(lengths) == 2
+    monkeypatch.setattr("eyespot.inference.PREFIX_BYTES", 1)
+    assistant.ask(picture("green"), "what?", max_new_tokens=2)
+    assert len(assistant._prefixes) == 1
+
+
 def test_errors_of_the_streaming_thread_arrive(assistant: Assistant) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         list(assistant.stream("nowhere.png", "what?"))

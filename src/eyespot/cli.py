@@ -18,6 +18,7 @@ EPILOG = """examples:
   eyespot caption runs/quickstart/model photos --out captions.jsonl
   eyespot evaluate runs/quickstart/model
   eyespot inspect data recipe=quickstart
+  eyespot data report recipe=quickstart data.limit=2000
   eyespot cache show
 """
 
@@ -34,6 +35,29 @@ def parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train a recipe; the same command resumes an interrupted run")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="recipe=NAME and any setting")
     train.add_argument("--fresh", action="store_true", help="delete what an earlier run of this name left")
+
+    sweep = verbs.add_parser("sweep", help="train a recipe with several settings, chosen by Optuna; resumable")
+    sweep.add_argument(
+        "overrides", nargs="+", metavar="key=value",
+        help="as for train; vary with key=choice(a,b), key=interval(0,1), 'key=tag(log, interval(1e-4, 1e-2))'",
+    )  # fmt: skip
+    sweep.add_argument("--trials", type=int, default=20, help="runs in all")
+    sweep.add_argument("--seed", type=int, default=0, help="of the choice")
+
+    prefer = verbs.add_parser("prefer", help="train a model on preferred and rejected answers (DPO)")
+    prefer.add_argument("model", help="model folder")
+    prefer.add_argument("data", help="JSON lines with image, question, chosen and rejected")
+    prefer.add_argument("--out", required=True, metavar="FOLDER", help="the new model folder")
+    prefer.add_argument("--image-folder", help="where names of pictures start; default: the folder of the data")
+    prefer.add_argument("--epochs", type=float, default=1.0)
+    prefer.add_argument("--max-steps", type=int)
+    prefer.add_argument("--batch-size", type=int, default=8, help="pairs")
+    prefer.add_argument("--accumulate", type=int, default=1)
+    prefer.add_argument("--lr", type=float, default=5e-6)
+    prefer.add_argument("--beta", type=float, default=0.1)
+    prefer.add_argument("--max-length", type=int, default=1024, help="tokens at which a conversation is cut")
+    prefer.add_argument("--seed", type=int, default=42)
+    prefer.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
 
     ask = verbs.add_parser("ask", help="ask a model about pictures")
     ask.add_argument("model", help="model folder")
@@ -61,12 +85,18 @@ def parser() -> argparse.ArgumentParser:
     _add_device(evaluate)
 
     inspect = verbs.add_parser("inspect", help="look at data, a batch or a model before training")
-    inspect.add_argument("what", choices=["data", "batch", "model"])
+    inspect.add_argument("what", choices=["data", "batch", "model", "patches"])
     inspect.add_argument(
-        "target", nargs="+", metavar="MODEL or key=value", help="model folder, or recipe=NAME and settings"
-    )
+        "target", nargs="+", metavar="MODEL or key=value",
+        help="model folder, or recipe=NAME and settings; patches: model folder and pictures",
+    )  # fmt: skip
     inspect.add_argument("-n", type=int, default=6, help="number of samples")
     inspect.add_argument("--out", metavar="FILE", help="also write a picture (PNG) of what is shown")
+
+    data = verbs.add_parser("data", help="what the training data holds, what is left out and what is there twice")
+    data.add_argument("what", choices=["report"])
+    data.add_argument("target", nargs="+", metavar="key=value", help="recipe=NAME and settings")
+    data.add_argument("--out", default="data-report", metavar="FOLDER", help="where report.html and report.json go")
 
     cache = verbs.add_parser("cache", help="features of pictures that frozen encoders have seen, kept on disk")
     cache.add_argument("what", choices=["show", "fill", "clear"])
@@ -89,6 +119,7 @@ def _add_generation(verb: argparse.ArgumentParser) -> None:
 
 def _add_device(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    verb.add_argument("--adapter", metavar="FOLDER", help="an adapter that peft (TRL) trained on this model")
     verb.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "int8"], help="int8: quicker on a CPU"
     )
@@ -130,22 +161,33 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
     from rich.console import Console
 
     from eyespot.evaluation.finish import BeforeAndAfter
-    from eyespot.training.module import TrainingStopped
-    from eyespot.training.run import compose_settings, finished_run, is_first_process
+    from eyespot.evaluation.pictures import Pictures
+    from eyespot.evaluation.retrieval import measure_retrieval
+    from eyespot.training.module import ProcessLost, TrainingStopped
+    from eyespot.training.processes import is_first_process
+    from eyespot.training.run import compose_settings, finished_run
     from eyespot.training.run import train as run_training
 
     settings = compose_settings(options.overrides)
     console = Console(stderr=True)
     closing = BeforeAndAfter(settings) if settings.evaluation.run and is_first_process() else None
+    pictures = Pictures(settings) if settings.evaluation.pictures and is_first_process() else None
+
+    def ask_untrained(assistant: Any) -> None:
+        for part in (closing, pictures):
+            if part is not None:
+                part.ask_untrained(assistant)
+
     command = shlex.join(["eyespot", *words])
     try:
         unreported = closing is not None and not options.fresh and not closing.is_written()
         run = finished_run(settings) if unreported else None
         run = run or run_training(
-            settings, fresh=options.fresh, console=console, before_training=closing.ask_untrained if closing else None
+            settings, fresh=options.fresh, console=console, before_training=ask_untrained, measure=measure_retrieval
         )
     except TrainingStopped as error:
-        print(f"eyespot train: {error}", file=sys.stderr)
+        if is_first_process() or isinstance(error, ProcessLost):
+            print(f"eyespot train: {error}", file=sys.stderr)
         return 1
     if not is_first_process():
         return 0
@@ -154,11 +196,22 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
         print(f"stopped by {run.stopped_by} at step {run.steps}, saved; to go on: {resume}")
         return 130
     print(f"model: {run.model_folder}")
+    if pictures is not None:
+        _draw(pictures, run)
     if closing is not None:
         evaluation = closing.finish(run, command)
         print_evaluation(evaluation, closing.before)
         print(f"report: {run.folder / 'report.json'} and {run.folder / 'report.html'}")
     return 0
+
+
+def _draw(pictures: Any, run: Any) -> None:
+    """The pictures of a run, which are no reason to fail after hours of training."""
+    try:
+        for file in pictures.write(run):
+            print(f"picture: {file}")
+    except ImportError as error:
+        print(f"nothing is drawn: {error}", file=sys.stderr)
 
 
 def print_evaluation(evaluation: Any, before: Any = None) -> None:
@@ -188,6 +241,37 @@ def print_evaluation(evaluation: Any, before: Any = None) -> None:
     for name, score in evaluation.controls.items():
         print(f"  {name}: {score.accuracy:.1%} [{score.interval[0]:.1%}, {score.interval[1]:.1%}]")
     print(evaluation.verdict)
+
+
+def sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Train many runs and say which was best."""
+    from rich.console import Console
+
+    from eyespot.training.sweep import run_sweep
+
+    found = run_sweep(options.overrides, trials=options.trials, seed=options.seed, console=Console(stderr=True))
+    print(f"{len(found.trials)} trials: {found.folder / 'sweep.json'}")
+    if found.best is not None:
+        print(f"best: validation loss {found.best.loss:.4f} with {shlex.join(found.best.overrides)}")
+    if not found.finished:
+        print(f"stopped, saved; to go on: {shlex.join(['eyespot', *words])}")
+        return 130
+    return 0
+
+
+def prefer(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Train a model on preferences."""
+    from eyespot.training.preference import run_preference
+
+    names = ("image_folder", "epochs", "max_steps", "batch_size", "accumulate", "lr", "beta", "max_length", "seed")
+    result = run_preference(
+        options.model, options.data, options.out, device=options.device,
+        **{name: getattr(options, name) for name in names},
+    )  # fmt: skip
+    print(f"{len(result.losses)} steps, loss {result.losses[0]:.4f} to {result.losses[-1]:.4f}, "
+          f"margin {result.margins[0]:.4f} to {result.margins[-1]:.4f}")  # fmt: skip
+    print(f"model: {result.folder}")
+    return 0
 
 
 def ask(options: argparse.Namespace, words: Sequence[str]) -> int:
@@ -236,7 +320,7 @@ def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     source = source_of(options.model, options.data)
     samples = load_test(source, options.limit)
-    assistant = load(options.model, options.device, options.dtype)
+    assistant = load(options.model, options.device, options.dtype, options.adapter)
     with assistant.folded():
         evaluation = run_evaluation(
             assistant, samples, name=str(options.model), batch_size=options.batch_size,
@@ -261,12 +345,44 @@ def inspect(options: argparse.Namespace, words: Sequence[str]) -> int:
     out = Path(options.out) if options.out else None
     if options.what == "model":
         inspection.show_model(options.target, out)
+    elif options.what == "patches":
+        from eyespot.evaluation.pictures import draw_patches
+        from eyespot.inference import load
+
+        model, *pictures = options.target
+        if not pictures or out is None:
+            raise ValueError("inspect patches needs a model folder, one picture or more, and --out FILE.png")
+        draw_patches(load(model), pictures, out)
+        print(f"picture: {out}")
     else:
         from eyespot.training.run import compose_settings
 
         settings = compose_settings(options.target)
         show = inspection.show_data if options.what == "data" else inspection.show_batch
         show(settings, options.n, out)
+    return 0
+
+
+def data(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Write a page about the training data of a recipe."""
+    from eyespot.compose import build_from_settings
+    from eyespot.data import report, report_page
+    from eyespot.evaluation.report import STYLE
+    from eyespot.training.run import compose_settings, load_samples, make_augmenter, with_tokenizer
+
+    settings = compose_settings(options.target)
+    samples, load_report = load_samples(settings.data)
+    _, processor = build_from_settings(with_tokenizer(settings.model, samples))
+    described = report.describe(
+        samples, load_report, settings.data, processor, make_augmenter(settings.data), settings.trainer.seed
+    )
+    page = report_page.write(
+        Path(options.out), described, title=f"Data of {settings.name}", style=STYLE,
+        command=shlex.join(["eyespot", *words]), max_length=settings.data.max_length,
+    )  # fmt: skip
+    load_report.write(Path(options.out))
+    print(load_report.summary())
+    print(f"report: {page} and {page.with_suffix('.json')}")
     return 0
 
 
@@ -328,7 +444,7 @@ def _assistant(options: argparse.Namespace) -> Any:
         import torch
 
         torch.manual_seed(options.seed)
-    return load(options.model, options.device, options.dtype)
+    return load(options.model, options.device, options.dtype, options.adapter)
 
 
 def _generation(options: argparse.Namespace) -> dict[str, Any]:
@@ -338,7 +454,8 @@ def _generation(options: argparse.Namespace) -> dict[str, Any]:
 
 
 VERBS = {
-    "train": train, "ask": ask, "caption": caption, "evaluate": evaluate, "inspect": inspect, "cache": cache,
+    "train": train, "sweep": sweep, "prefer": prefer, "ask": ask, "caption": caption, "evaluate": evaluate,
+    "inspect": inspect, "data": data, "cache": cache,
 }  # fmt: skip
 
 

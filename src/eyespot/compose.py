@@ -9,11 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eyespot.config import (
+    AlignmentSettings,
+    ConfigError,
     ConnectorSettings,
     LanguageSettings,
     ModelSettings,
@@ -23,13 +27,16 @@ from eyespot.config import (
     to_dict,
 )
 from eyespot.devices import choose_device, has_fast_bfloat16
+from eyespot.models.attention import attention_argument
 from eyespot.models.loss import head_logits
-from eyespot.models.vision.pretrained import image_size_of, token_counts
+from eyespot.models.nf4 import check_nf4, is_nf4, unpacked_state_dict
+from eyespot.models.vision.pretrained import image_size_of, token_counts, without_late_layers
 from eyespot.models.vision.vit import EyespotViTConfig
 from eyespot.models.vlm import VLM, VLMConfig
 from eyespot.processing.images import EyespotImageProcessor
 from eyespot.processing.processor import Processor
 from eyespot.processing.prompt import TEMPLATES
+from eyespot.processing.texts import TEXT_FOLDER, decode_id, with_ends
 from eyespot.processing.tokenizers import byte_tokenizer, char_tokenizer
 from eyespot.registry import LANGUAGES, VISION
 
@@ -51,20 +58,28 @@ def build(
     connector: ConnectorSettings | Mapping[str, Any],
     language: LanguageSettings | Mapping[str, Any],
     image_mode: str = "placeholder",
+    image_attention: str = "causal",
+    alignment: AlignmentSettings | Mapping[str, Any] | None = None,
 ) -> tuple[VLM, Processor]:
     """A model and its processor from three parts.
 
     Args:
         vision, connector, language: settings, or plain mappings such as
             ``{"name": "vit", "args": {"image_size": 64}, "train": "full"}``.
-        image_mode: "placeholder" or "prefix".
+        image_mode: "placeholder" or "prefix". image_attention: "causal" or "bidirectional".
+        alignment: settings of a head that compares pictures with texts, such as ``{"dim": 256}``.
 
     Raises:
         ConfigError: a setting is unknown or does not fit.
     """
     values = {
-        "vision": _plain(vision), "connector": _plain(connector), "language": _plain(language), "image_mode": image_mode
-    }  # fmt: skip
+        "vision": _plain(vision),
+        "connector": _plain(connector),
+        "language": _plain(language),
+        "image_mode": image_mode,
+        "image_attention": image_attention,
+        "alignment": None if alignment is None else _plain(alignment),
+    }
     return build_from_settings(from_dict(ModelSettings, values, "model"))
 
 
@@ -75,23 +90,35 @@ def _plain(settings: Any) -> Any:
 def build_from_settings(settings: ModelSettings) -> tuple[VLM, Processor]:
     """A model and its processor from checked settings; trainable parts are float32, as the optimizer needs them."""
     check_model(settings)
+    if settings.language.quantize is not None:
+        check_nf4()
     settings = with_dtypes(settings)
     vision = _load_vision(settings.vision)
+    vision_layer = without_late_layers(vision, settings.vision.layer)
     language, tokenizer = _load_language(settings.language)
-    prefix, patches = token_counts(vision.config)
+    text_tokenizer = _load_text_tokenizer(settings)
+    image_processor = image_processor_for(settings.vision, vision.config)
+    prefix, patches = token_counts(vision.config, picture_size(image_processor))
+    if settings.vision.keep_cls and prefix == 0:
+        raise ConfigError(
+            f"model.vision.keep_cls is true, but {vision.config.model_type} gives no tokens before its patches; set it "
+            "to false"
+        )
     config = VLMConfig(
         vision_config=vision.config,
         text_config=language.config,
-        connector={"name": settings.connector.name, **settings.connector.args},
+        connector={"name": settings.connector.name, **settings.connector.args, **_text_sizes(settings, text_tokenizer)},
         image_token_id=max(int(language.config.get_text_config().vocab_size), len(tokenizer)),
-        vision_layer=settings.vision.layer,
+        vision_layer=vision_layer,
         keep_cls=settings.vision.keep_cls,
         num_prefix_tokens=prefix,
+        image_attention=settings.image_attention,
         lora={
             name: to_dict(part.lora)
             for name, part in (("vision", settings.vision), ("language", settings.language))
             if part.lora is not None
         },
+        alignment=_alignment(settings, text_tokenizer),
         dtype=torch.bfloat16 if torch.bfloat16 in (vision.dtype, language.dtype) else torch.float32,
         tie_word_embeddings=bool(getattr(language.config, "tie_word_embeddings", False)),
     )
@@ -103,12 +130,40 @@ def build_from_settings(settings: ModelSettings) -> tuple[VLM, Processor]:
         if next(p for n, p in getattr(model, part).named_parameters() if "lora_" not in n).dtype == torch.float32
     ]
     check_head(model)
+    if settings.image_attention == "bidirectional":
+        check_image_attention(model)
     model.set_trainable(
-        vision=settings.vision.train, connector=settings.connector.train, language=settings.language.train
+        vision=settings.vision.train,
+        connector=settings.connector.train,
+        language=settings.language.train,
+        alignment="frozen",  # stages train it
     )
-    processor = build_processor(model, tokenizer, settings)
+    processor = build_processor(model, tokenizer, image_processor, settings)
+    if settings.alignment is not None:
+        processor.max_text = settings.alignment.max_text
+    if text_tokenizer is not None:
+        processor.text_tokenizer, processor.text_folder = text_tokenizer, TEXT_FOLDER
     set_generation_defaults(model, processor)
     return model, processor
+
+
+def _load_text_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the connector's text side, if texts are read there."""
+    if settings.alignment is None or settings.alignment.tokenizer is None:
+        return None
+    return with_ends(load_tokenizer(settings.alignment.tokenizer))
+
+
+def _text_sizes(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+    if settings.alignment is None or tokenizer is None:
+        return {}
+    return {"text_vocab_size": len(tokenizer), "max_text": settings.alignment.max_text}
+
+
+def _alignment(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int] | None:
+    if settings.alignment is None:
+        return None
+    return {"dim": settings.alignment.dim} | ({} if tokenizer is None else {"decode_id": decode_id(tokenizer)})
 
 
 def _load_vision(settings: VisionSettings) -> PreTrainedModel:
@@ -137,7 +192,8 @@ def _dtype(settings: VisionSettings | LanguageSettings) -> torch.dtype:
 def _load_language(settings: LanguageSettings) -> tuple[Any, PreTrainedTokenizerBase]:
     factory = LANGUAGES[settings.name]
     if settings.name in ("pretrained", "gguf"):
-        model, tokenizer = factory(**settings.args, dtype=_dtype(settings))
+        quantize = {"quantize": settings.quantize} if settings.quantize else {}
+        model, tokenizer = factory(**settings.args, **quantize, dtype=_dtype(settings))
         return model, load_tokenizer(settings.tokenizer) if settings.tokenizer else tokenizer
     tokenizer = load_tokenizer(settings.tokenizer or "byte")
     model = factory(**{"vocab_size": len(tokenizer), **settings.args}).to(_dtype(settings))
@@ -162,7 +218,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_processor(model: VLM, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> Processor:
+def build_processor(
+    model: VLM, tokenizer: PreTrainedTokenizerBase, image_processor: Any, settings: ModelSettings
+) -> Processor:
     """The processor that fits a model: its encoder's image processor, its language model's tokenizer and template."""
     config = model.config
     language = settings.language
@@ -180,7 +238,7 @@ def build_processor(model: VLM, tokenizer: PreTrainedTokenizerBase, settings: Mo
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Processor(
-        image_processor=image_processor_for(settings.vision, config.vision_config),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         chat_template=template,
         image_token_id=config.image_token_id,
@@ -193,7 +251,11 @@ def build_processor(model: VLM, tokenizer: PreTrainedTokenizerBase, settings: Mo
 
 def image_processor_for(settings: VisionSettings, vision_config: Any) -> Any:
     """The encoder's own image processor: made from a configuration that names mean and deviation (ours do), else the
-    one saved beside the weights."""
+    one saved beside the weights. Of a fusion it is the first encoder's."""
+    if settings.name == "fusion":
+        first = dict(settings.args["first"])
+        settings = replace(settings, name=first.pop("name"), args=first)
+        return image_processor_for(settings, vision_config.first_config)
     if hasattr(vision_config, "image_mean"):
         return EyespotImageProcessor(
             size=image_size_of(vision_config),
@@ -202,6 +264,23 @@ def image_processor_for(settings: VisionSettings, vision_config: Any) -> Any:
             image_std=list(vision_config.image_std),
         )
     return AutoImageProcessor.from_pretrained(settings.args["source"])
+
+
+def picture_size(image_processor: Any) -> int:
+    """Side of the pictures that an image processor makes, in pixels: of some encoders not the one they are known by
+    (DINOv2 was trained at 518 and is given 224).
+
+    Raises:
+        ValueError: they are not square.
+    """
+    picture = PIL.Image.new("RGB", (64, 48))
+    height, width = image_processor(images=[picture], return_tensors="pt")["pixel_values"].shape[-2:]
+    if height != width:
+        raise ValueError(
+            f"the image processor makes pictures of {width} x {height} pixels; eyespot needs square ones, so set a "
+            "crop or both sides in its preprocessor_config.json"
+        )
+    return int(width)
 
 
 def set_generation_defaults(model: VLM, processor: Processor) -> None:
@@ -233,16 +312,52 @@ def check_head(model: VLM) -> None:
         )
 
 
+@torch.no_grad()
+def check_image_attention(model: VLM) -> None:
+    """Look whether the language model's first token changes when the mask lets it see the second.
+
+    Raises:
+        ValueError: it does not, or the language model takes no such mask.
+    """
+    language, device = model.language, model.language.device
+    config = language.config.get_text_config()
+    zeros, places, ahead = (torch.tensor([row], device=device) for row in ([0, 0], [0, 1], [1, 0]))
+    embeds = language.get_input_embeddings()(places)  # [1, 2, D]
+    positions = {"position_ids": places} if "position_ids" in model.language_inputs else {}
+
+    def first_token(ahead: torch.Tensor) -> torch.Tensor:
+        mask = attention_argument(config, zeros, zeros, places, embeds.dtype, ahead=ahead)
+        outputs = language.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **positions)
+        hidden: torch.Tensor = outputs.last_hidden_state[:, 0]
+        return hidden
+
+    was_training = language.training
+    language.eval()
+    try:
+        obeys, reason = not torch.equal(first_token(zeros), first_token(ahead)), "it is ignored"
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        obeys, reason = False, str(error).strip().partition("\n")[0]
+    language.train(was_training)
+    if not obeys:
+        raise ValueError(
+            f"{type(language).__name__} does not follow a mask in which image tokens see each other ({reason}); "
+            "set model.image_attention=causal"
+        )
+
+
 # --- checkpoints of a run ----------------------------------------------------------------------------------------
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 CHECKPOINT_FILE = "checkpoint.json"
+EARLIER_FILE = "earlier.safetensors"
 TRAINED_FILE = "trained.safetensors"
 
 
 def trained_tensors(model: VLM) -> dict[str, torch.Tensor]:
-    """The tensors that training changes, by name."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    """The tensors that training changes, by name; of a model that is spread over processes the whole ones, and then
+    every process must call this."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu().contiguous() for name, t in trained.items()}
 
 
 def frozen_hash(model: VLM) -> str:
@@ -273,7 +388,12 @@ def load_checkpoint(folder: Path) -> tuple[VLM, Processor]:
         settings = from_dict(ModelSettings, record["model"], "model")
         if (name := settings.language.tokenizer) and name != "byte" and not name.startswith("char:"):
             settings.language.tokenizer = str(folder)  # a checkpoint carries its own
+        if settings.alignment is not None and settings.alignment.tokenizer not in (None, "byte"):
+            settings.alignment.tokenizer = str(folder / TEXT_FOLDER)
         model, _ = build_from_settings(settings)
+    if modes := record.get("train"):  # of a stage, which may train something else than the stages before
+        model.set_trainable(**modes)
+    load_earlier(model, folder)
     load_trained(model, folder)
     if (found := frozen_hash(model)) != record["frozen_sha256"]:
         raise ValueError(
@@ -299,11 +419,34 @@ def load_trained(model: VLM, folder: Path) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
+def load_earlier(model: VLM, folder: Path) -> None:
+    """Put over a model what stages before the one of a checkpoint have trained; a first stage has nothing such.
+
+    Raises:
+        ValueError: a tensor that the model has not.
+    """
+    if not (folder / EARLIER_FILE).is_file():
+        return
+    tensors = load_file(folder / EARLIER_FILE)
+    if unknown := sorted(set(tensors) - set(model.state_dict())):
+        raise ValueError(
+            f"checkpoint {str(folder)!r} has {len(unknown)} tensors that the model has not, first {unknown[0]!r}; "
+            "compose the model with the settings of that run"
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def all_trained(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that its run, or stages before it, have trained, by name."""
+    earlier = load_file(folder / EARLIER_FILE) if (folder / EARLIER_FILE).is_file() else {}
+    return {**earlier, **load_file(folder / TRAINED_FILE)}
+
+
 # --- folders -----------------------------------------------------------------------------------------------------
 
 
 def save(model: VLM, processor: Processor, folder: str | Path) -> None:
-    """Model and processor as one transformers folder (safetensors and JSON).
+    """Model and processor as one transformers folder (safetensors and JSON); weights in four bits become bfloat16.
 
     Raises:
         ValueError: the model's layers were rounded to int8, which no folder of transformers can hold.
@@ -312,7 +455,7 @@ def save(model: VLM, processor: Processor, folder: str | Path) -> None:
         raise ValueError(
             "a model in int8 is for answering and cannot be saved; load it with dtype=float32 and save that"
         )
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=unpacked_state_dict(model) if is_nf4(model) else None)
     processor.save_pretrained(folder)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +24,9 @@ from eyespot.processing.prompt import Message, count_images
 
 MAX_NEW_TOKENS = 128
 FEATURE_BYTES = 256_000_000  # of encoded pictures kept by an Assistant
+PREFIX_BYTES = 256_000_000  # of keys and values up to the last picture of a prompt, kept for the next question
+# these of generate's options need a cache of their own kind, or of more rows than the prompt has
+OWN_CACHE = {"num_beams", "num_return_sequences", "cache_implementation", "past_key_values", "use_cache"}
 
 
 def user_turn(images: Sequence[Any], question: str) -> list[Message]:
@@ -45,6 +49,7 @@ class Assistant:
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.processor = processor
         self._features: dict[Hashable, Tensor] = {}
+        self._prefixes: dict[Hashable, Any] = {}
 
     @overload
     def ask(self, images: Any, question: str, **options: Any) -> str: ...
@@ -148,6 +153,9 @@ class Assistant:
             del self._features[next(iter(self._features))]
         return found
 
+    def _takes_prefix(self, options: Mapping[str, Any]) -> bool:
+        return not OWN_CACHE & set(options) and "past_key_values" in self.model.language_inputs
+
     def _room(self, prompt_length: int) -> int:
         limit = getattr(self.model.config.text_config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and prompt_length >= limit:
@@ -158,8 +166,23 @@ class Assistant:
         return limit - prompt_length if limit is not None else sys.maxsize
 
     def forget(self) -> None:
-        """Drop the encoded pictures, for instance after the encoder was trained."""
+        """Drop what is remembered of pictures, for instance after the model was trained."""
         self._features.clear()
+        self._prefixes.clear()
+
+    def prefix(self, input_ids: Tensor, images: Sequence[Any]) -> Any:
+        """Keys and values of a prompt up to its last picture; a prefix that was computed lately comes from memory.
+
+        input_ids: int64 [1, T]. Returns a cache of transformers, the caller's own.
+        """
+        length = int((input_ids[0] == self.model.config.image_token_id).nonzero().max()) + 1
+        key = (tuple(map(picture_digest, images)), tuple(input_ids[0, :length].tolist()))
+        if key not in self._prefixes:
+            self._prefixes[key] = self.model.prefill(input_ids[:, :length], self.features(images))
+        self._prefixes[key] = found = self._prefixes.pop(key)  # the last one used is dropped last
+        while len(self._prefixes) > 1 and sum(map(_num_bytes, self._prefixes.values())) > PREFIX_BYTES:
+            del self._prefixes[next(iter(self._prefixes))]
+        return copy.deepcopy(found)
 
     @torch.inference_mode()
     def generate_text(
@@ -176,21 +199,32 @@ class Assistant:
             conversations: (pictures, messages) pairs.
             max_new_tokens: limit of each answer; the end of the model's positions is another.
             temperature: 0 is greedy (or beam search with ``num_beams``), above 0 samples.
-            options: further arguments of transformers' generate: top_p, top_k, num_beams, repetition_penalty, streamer.
+            options: further arguments of transformers' generate: top_p, top_k, num_beams, repetition_penalty, streamer;
+                cache_implementation="static" lets transformers compile the steps on a GPU.
         """
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or above")
         batch = self.processor.prompt_ids(conversations).to(self.device)
-        if images := [image for pictures, _ in conversations for image in pictures]:
-            batch["image_features"] = self.features(images)
         room = self._room(batch["input_ids"].shape[1])
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        images = [image for pictures, _ in conversations for image in pictures]
         with self.autocast():
+            if images and len(conversations) == 1 and self._takes_prefix(options):
+                batch["past_key_values"] = self.prefix(batch["input_ids"], images)
+                batch["inputs_embeds"] = self.model.embed_text(batch["input_ids"])  # read behind the prefix only
+            elif images:
+                batch["image_features"] = self.features(images)
             sequences = self.model.generate(**batch, max_new_tokens=min(max_new_tokens, room), **sampling, **options)
         return self.processor.decode_answers(sequences, batch["input_ids"].shape[1])
 
 
-def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Assistant:
+def _num_bytes(cache: Any) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def load(
+    path: str | Path, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
+) -> Assistant:
     """A trained model, ready to be asked.
 
     Args:
@@ -198,11 +232,14 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Assista
         device: "auto", "cpu", "cuda", "mps".
         dtype: "auto" (as saved, but float32 where the device is slow in bfloat16), "float32", "bfloat16", or "int8"
             (for CPUs: quicker, with answers that are close to those of float32).
+        adapter: folder of an adapter that peft (TRL, for example) trained on this model; it is added to the weights.
 
     Raises:
-        ValueError: nothing usable at ``path``, no such device, or int8 on another one than the CPU.
+        ValueError: nothing usable at ``path`` or ``adapter``, no such device, or int8 on another one than the CPU.
     """
     model, processor = load_parts(path, "float32" if dtype == "int8" else dtype)
+    if adapter is not None:
+        model.add_adapter_folder(adapter)
     model.requires_grad_(False)  # adapters over weights that do not learn have quicker ways
     chosen = choose_device("cpu" if dtype == "int8" and device == "auto" else device)
     if dtype == "int8" or (dtype == "auto" and not has_fast_bfloat16(chosen)):

@@ -22,7 +22,7 @@ from eyespot.models.parameters import parameter_table
 from eyespot.models.vlm import VLM
 from eyespot.processing.images import open_image
 from eyespot.processing.processor import IGNORE_INDEX, Encoded, Processor
-from eyespot.training.run import compose_settings, load_data, with_tokenizer
+from eyespot.training.run import compose_settings, load_data, make_augmenter, with_tokenizer
 
 
 def marked_prompt(encoded: Encoded, processor: Processor) -> Text:
@@ -69,7 +69,7 @@ def show_batch(settings: TrainSettings, count: int, out: Path | None) -> None:
     samples, _, _ = load_data(settings.data, settings.trainer.seed)
     model, processor = build_from_settings(with_tokenizer(settings.model, samples))
     data = settings.data
-    units = Units(samples, data.share if data.packing else 1, settings.trainer.seed)
+    units = Units(samples, data.share if data.packing else 1, settings.trainer.seed, make_augmenter(data))
     chosen = [units[(0, index)] for index in range(min(count, len(units)))]
     collator = Collator(processor, 1, data.max_length, data.row_length if data.packing else None)
     window = collator(chosen)

@@ -66,6 +66,7 @@ VISION = Registry(
         "efficientnet_lite": "eyespot.models.vision.efficientnet_lite:build_efficientnet_lite",
         "vit": "eyespot.models.vision.vit:build_vit",
         "convnet": "eyespot.models.vision.convnet:build_convnet",
+        "fusion": "eyespot.models.vision.fusion:build_fusion",
     },
 )
 CONNECTORS = Registry(
@@ -74,6 +75,8 @@ CONNECTORS = Registry(
         "linear": "eyespot.models.connectors.linear:LinearConnector",
         "mlp": "eyespot.models.connectors.mlp:MLPConnector",
         "pixel_shuffle": "eyespot.models.connectors.pixel_shuffle:PixelShuffleConnector",
+        "perceiver": "eyespot.models.connectors.perceiver:PerceiverConnector",
+        "qformer": "eyespot.models.connectors.qformer:QFormerConnector",
     },
 )
 LANGUAGES = Registry(
@@ -91,5 +94,27 @@ FORMATS = Registry(
         "llava": "eyespot.data.formats.llava:read_llava",
         "captions": "eyespot.data.formats.captions:read_captions",
         "vqa": "eyespot.data.formats.vqa:read_vqa",
+        "scenes": "eyespot.data.formats.scenes:read_scenes",
+        "detection": "eyespot.data.formats.detection:read_detection",
+    },
+)
+FILTERS = Registry(
+    "data filter",
+    {
+        "text_length": "eyespot.data.filters:TextLength",
+        "language": "eyespot.data.filters:Language",
+        "readable_images": "eyespot.data.filters:ReadableImages",
+        "image_size": "eyespot.data.filters:ImageSize",
+        "duplicate_images": "eyespot.data.filters:DuplicateImages",
+        "duplicate_texts": "eyespot.data.filters:DuplicateTexts",
+    },
+)
+AUGMENTATIONS = Registry(
+    "augmentation",
+    {
+        "crop": "eyespot.processing.augment:Crop",
+        "flip": "eyespot.processing.augment:Flip",
+        "color": "eyespot.processing.augment:Color",
+        "hue": "eyespot.processing.augment:Hue",
     },
 )

@@ -30,6 +30,14 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"factor": 2},
     ],
     "pixel_shuffle": [{}, {"factor": 1}, {"factor": 4, "bias": True}],
+    "perceiver": [
+        {"num_queries": 5, "depth": 2, "heads": 2, "head_dim": 8},
+        {"num_queries": 1, "depth": 1, "heads": 3, "head_dim": 4, "mlp_ratio": 1.5},
+    ],
+    "qformer": [
+        {"num_queries": 5, "hidden_dim": 16, "depth": 3, "heads": 2, "dropout": 0.0},
+        {"num_queries": 2, "hidden_dim": 8, "depth": 1, "heads": 2, "mlp_dim": 12, "cross_every": 1, "dropout": 0.1},
+    ],
 }
 CASES = [
     pytest.param({"name": name, **arguments}, id=f"{name}-{i}")
@@ -80,7 +88,9 @@ def test_gradients_reach_inputs_and_parameters(settings: dict[str, Any]) -> None
     connector(inputs).pow(2).sum().backward()
     assert inputs.grad is not None and (inputs.grad.abs().sum(-1) > 0).all(), "a patch does not count"
     for name, parameter in connector.named_parameters():
-        assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
+        assert parameter.grad is not None, name
+        # softmax takes away what a key's bias adds to all scores of a query: its gradient is zero but for rounding
+        assert name.endswith("k_proj.bias") or float(parameter.grad.abs().sum()) > 1e-6, name
 
 
 @pytest.mark.parametrize("settings", CASES)

@@ -31,6 +31,20 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"image_size": 16, "hidden_sizes": [8, 16], "depths": [1, 1], "groups": 4},
         {"image_size": 24, "hidden_sizes": [8], "depths": [2], "groups": 2, "stem_stride": 1},
     ],
+    "fusion": [
+        {
+            "first": {"name": "vit", "image_size": 16, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2,
+                      "num_attention_heads": 2, "use_cls_token": True},
+            "second": {"name": "convnet", "image_size": 24, "hidden_sizes": [8], "depths": [2], "groups": 2,
+                       "stem_stride": 1, "image_mean": [0.4, 0.5, 0.6]},
+            "resample_patches": True,
+        },
+        {
+            "first": {"name": "convnet", "image_size": 16, "hidden_sizes": [8], "depths": [1], "groups": 4},
+            "second": {"name": "vit", "image_size": 24, "patch_size": 6, "hidden_size": 16, "num_hidden_layers": 3,
+                       "num_attention_heads": 2},
+        },
+    ],
 }  # fmt: skip
 CASES = [pytest.param((name, i), id=f"{name}-{i}") for name in VISION for i in range(len(ARGUMENTS.get(name, [])))]
 

@@ -98,3 +98,29 @@ def test_every_setting_changes_the_pixels() -> None:
     for i, one in enumerate(pixels):
         for other in pixels[i + 1 :]:
             assert not torch.allclose(one, other, atol=1e-2)
+
+
+def saved_with_another_size(name: str, folder: Path) -> dict[str, Any]:
+    """An encoder whose image processor makes pictures of 24 pixels, another size than its configuration says."""
+    vision_encoder(name).save_pretrained(folder)
+    size = {"height": 24, "width": 24}
+    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=size).save_pretrained(folder)
+    return {"name": "pretrained", "args": {"source": str(folder)}}
+
+
+def test_an_encoder_that_takes_other_sizes_gets_as_many_tokens_as_it_makes(tmp_path: Path) -> None:
+    model, processor = build(saved_with_another_size("dinov2", tmp_path), {"name": "linear"}, GPT)
+    assert model.config.num_image_tokens == processor.num_image_tokens == 9  # 24 / 8 squared; 16 pixels would give 4
+    assert model.encode_images(processor.pixel_values(pictures())).shape[:2] == (4, 9)
+
+
+def test_an_encoder_of_one_size_refuses_an_image_processor_of_another(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reads pictures of 16 pixels but its image processor makes 24; set"):
+        build(saved_with_another_size("clip", tmp_path), {"name": "linear"}, GPT)
+
+
+def test_pictures_that_are_not_square_are_refused_at_composition(tmp_path: Path) -> None:
+    vision = saved_with_another_size("dinov2", tmp_path)
+    CLIPImageProcessorPil(size={"height": 16, "width": 32}, do_center_crop=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="32 x 16 pixels; eyespot needs square ones"):
+        build(vision, {"name": "linear"}, GPT)

@@ -424,8 +424,8 @@ def test_apply_chat_template_shows_the_text() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="image_mode is 'middle'"):
         make_processor("plain", image_mode="middle")
-    with pytest.raises(ValueError, match="unknown argument 'truncation'"):
-        CHATML_BYTES(text="a", truncation=True)
+    with pytest.raises(ValueError, match="unknown argument 'truncate'"):
+        CHATML_BYTES(text="a", truncate=True)
 
 
 def test_rows_know_how_much_they_teach() -> None:

@@ -27,6 +27,11 @@ LORA = [
     "model.language.lora={r: 2, alpha: 4, targets: [q_proj, o_proj, up_proj, down_proj], dropout: 0.1}",
 ]
 PROJECTOR_ONLY = ["model.language.train=frozen", "model.vision.train=frozen"]
+MIXED_AND_AUGMENTED = [
+    "data.train={a: {format: easy_vqa, split: train, weight: 3}, b: {format: easy_vqa, split: test, weight: 1}}",
+    "data.augment={crop: {}, flip: {}, color: {}}",
+    "data.filters={duplicate_images: {}}",
+]
 COMMON = ["recipe=smoke", "data.limit=40", "data.validation_share=0.2", "trainer.checkpoint_every=2"]
 COMMON += ["trainer.log_every=1", "trainer.epochs=3"]
 
@@ -54,6 +59,7 @@ def kill_at(step: int, process: subprocess.Popen[str], number: int) -> int:
         pytest.param([], 2, signal.SIGINT, id="ctrl-c"),
         pytest.param(LORA, 3, signal.SIGKILL, id="lora-with-dropout"),
         pytest.param(PROJECTOR_ONLY, 3, signal.SIGKILL, id="projector-only"),
+        pytest.param(MIXED_AND_AUGMENTED, 3, signal.SIGKILL, id="mixed-and-augmented"),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class Collator:
     def __call__(self, units: Sequence[Sequence[Sample]]) -> Window:
         window = Window()
         share = -(-len(units) // self.accumulate)
-        for start in range(0, len(units), share):
+        for start in range(0, len(units), max(1, share)):
             samples = [sample for unit in units[start : start + share] for sample in unit]
             opened: dict[Hashable, list[Any]] = {}  # samples about one picture open it once
             rows = [row for sample in samples if (row := self._row(sample, window, opened)) is not None]
@@ -118,5 +119,5 @@ class Collator:
 
 
 def image_key(sample: Sample) -> Hashable:
-    """Equal for samples about the same pictures: paths and bytes compare by value, opened pictures by identity."""
-    return tuple(image if isinstance(image, (str, bytes)) else id(image) for image in sample.images)
+    """Equal for samples about the same pictures: opened pictures compare by identity, all others by value."""
+    return tuple(id(image) if isinstance(image, PIL.Image.Image) else image for image in sample.images)

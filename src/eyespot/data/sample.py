@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
 import PIL.Image
 
-ImageSource = str | bytes | PIL.Image.Image
-"""Path of a file, bytes of a file, or a picture; `eyespot.processing.images.open_image` decodes all three."""
+from eyespot.pictures import LazyPicture
+
+ImageSource = str | bytes | PIL.Image.Image | LazyPicture
+"""Path of a file, bytes of a file, a picture, or one to be drawn; `eyespot.processing.images.open_image` opens all."""
 
 _ROLES = ("system", "user", "assistant")
 _SHOWN_IDS = 5
@@ -53,6 +57,7 @@ class Sample:
         answers: reference answers that an evaluation compares with.
         group: identity of the picture for splits and controls; samples of one group stay together. Empty: unknown.
         captions: alternatives of the last assistant text, for `visit`.
+        source: name of the part of a mixture that it comes from.
 
     Raises:
         ValueError: on creation, if the parts do not fit each other.
@@ -64,12 +69,13 @@ class Sample:
     answers: tuple[str, ...] = ()
     group: str = ""
     captions: tuple[str, ...] = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
             raise ValueError(f"the id of a sample is {self.id!r}; give a text that is not empty")
         for image in self.images:
-            if not isinstance(image, (str, bytes, PIL.Image.Image)):
+            if not isinstance(image, (str, bytes, PIL.Image.Image, LazyPicture)):
                 raise ValueError(  # noqa: TRY004  bad data is always a ValueError
                     f"sample {self.id!r} has a {type(image).__name__} as image; give a path, bytes or a Pillow image"
                 )
@@ -114,6 +120,13 @@ class Sample:
         assistant: Message = {"role": "assistant", "content": [text_part(captions[0])]}
         return cls(id, (image,), (user, assistant), tuple(captions), group, tuple(captions))
 
+    @property
+    def texts(self) -> list[str]:
+        """Everything that is said: the texts of all messages, with all captions in place of the one that is shown."""
+        messages = self.messages[:-1] if self.captions else self.messages
+        said = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+        return [*said, *self.captions]
+
     def visit(self, rng: random.Random) -> Sample:
         """The sample as one epoch shows it: with one of its captions drawn at random, else unchanged."""
         if not self.captions:
@@ -152,6 +165,14 @@ class LoadReport:
             more = f" and {len(group) - _SHOWN_IDS} more" if len(group) > _SHOWN_IDS else ""
             lines.append(f"  {len(group)} x {reason}: {shown}{more}")
         return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """`data_report.txt`, the summary, and `dropped.jsonl`, id, reason and detail of every rejected record."""
+        (folder / "data_report.txt").write_text(self.summary() + "\n", encoding="utf-8")
+        with (folder / "dropped.jsonl").open("w", encoding="utf-8") as file:
+            for rejected in self.rejected:
+                record = {"id": rejected.id, "reason": rejected.reason, "detail": rejected.detail}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _num_images(message: Message) -> int:

@@ -14,10 +14,12 @@ from typing import Any
 import PIL.Image
 
 from eyespot.data.sample import ImageSource, LoadReport, Rejected, Sample
+from eyespot.pictures import LazyPicture
 from eyespot.registry import FORMATS, closest
 
 logger = logging.getLogger(__name__)
 
+UNREADABLE = "a picture cannot be opened"
 _PROGRESS_AFTER_S = 2.0
 _PROGRESS_EVERY = 256
 
@@ -40,7 +42,7 @@ def load(format: str, limit: int | None = None, **options: Any) -> tuple[list[Sa
         raise ValueError(f"limit is {limit}; give 1 or more, or leave it out to read everything")
     report = LoadReport()
     samples = _accepted(_reader(format, options), report)
-    return list(itertools.islice(_with_progress(samples, f"reading {format}", limit), limit)), report
+    return list(itertools.islice(with_progress(samples, f"reading {format}", limit), limit)), report
 
 
 def stream(format: str, report: LoadReport | None = None, **options: Any) -> Iterator[Sample]:
@@ -97,6 +99,19 @@ def split_by_image(
     return sides
 
 
+def check_disjoint(samples: Sequence[Sample], held_out: Sequence[Sample]) -> None:
+    """Raise ValueError if a picture stands on both sides, whatever its file is called."""
+    sides = [
+        {name for own in _identified(side, None)[1] for name in own if name.startswith("picture:")}
+        for side in (samples, held_out)
+    ]
+    if both := sides[0] & sides[1]:
+        raise ValueError(
+            f"{len(both)} of {len(sides[1])} validation pictures are also training pictures; give another set, or leave "
+            "it out and set validation_share"
+        )
+
+
 def _reader(format: str, options: dict[str, Any]) -> Iterator[Sample | Rejected]:
     reader: Callable[..., Iterator[Sample | Rejected]] = FORMATS[format]
     parameters = inspect.signature(reader).parameters
@@ -130,7 +145,7 @@ def _logged(records: Iterator[Sample | Rejected]) -> Iterator[Sample]:
             logger.warning("%s", report.summary())
 
 
-def _with_progress(samples: Iterator[Sample], description: str, total: int | None) -> Iterator[Sample]:
+def with_progress(samples: Iterator[Sample], description: str, total: int | None) -> Iterator[Sample]:
     """The same samples; with a bar, if a person is watching and the work takes longer than a moment."""
     if not sys.stderr.isatty():
         yield from samples
@@ -158,7 +173,7 @@ def _identified(samples: Sequence[Sample], report: LoadReport | None) -> tuple[l
     # Late, because it brings transformers and torch, which reading text and names does not need.
     from eyespot.processing.images import ImageError, content_hash
 
-    hashes: dict[str | bytes | int, str | ImageError] = {}
+    hashes: dict[str | bytes | int | LazyPicture, str | ImageError] = {}
 
     def picture(image: ImageSource) -> str:
         # Many questions share a picture; the samples keep Pillow images alive, so their addresses are unique.
@@ -180,7 +195,7 @@ def _identified(samples: Sequence[Sample], report: LoadReport | None) -> tuple[l
             if report is None:
                 raise
             report.accepted -= 1
-            report.rejected.append(Rejected(sample.id, "a picture cannot be opened", str(error)))
+            report.rejected.append(Rejected(sample.id, UNREADABLE, str(error)))
             continue
         if sample.group:
             own.append(f"group:{sample.group}")

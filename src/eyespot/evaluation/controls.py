@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from eyespot.evaluation.metrics import normalize_answer
+from eyespot.pictures import LazyPicture
 
 if TYPE_CHECKING:
     from eyespot.data.sample import Message, Sample
@@ -80,10 +81,10 @@ def prompt_key(sample: Sample) -> str:
 def image_key(image: object) -> Hashable:
     """A key under which equal images are found again while the samples live.
 
-    Paths, addresses and bytes are compared by value; opened pictures and arrays by identity, which never takes two
-    different pictures for one.
+    Paths, addresses, bytes and pictures to be drawn are compared by value; opened pictures and arrays by identity,
+    which never takes two different pictures for one.
     """
-    return image if isinstance(image, (str, bytes, Path)) else (type(image), id(image))
+    return image if isinstance(image, (str, bytes, Path, LazyPicture)) else (type(image), id(image))
 
 
 def _without_images(message: Mapping[str, Any]) -> Message:

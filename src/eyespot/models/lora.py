@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 SETTINGS = ("r", "alpha", "dropout", "targets", "bias")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMED_TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
 
 
@@ -48,6 +50,41 @@ def add_lora(module: nn.Module, settings: Mapping[str, Any]) -> None:
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # bfloat16 masters would round small optimizer steps to zero
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Add every adapter of a module to the weights it adapts, for good; what is left are the plain layers."""
+    from peft.tuners.lora import LoraLayer
+
+    for parent in list(module.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, LoraLayer):
+                layer.merge()  # type: ignore[attr-defined]
+                setattr(parent, name, layer.get_base_layer())
+
+
+def merge_adapter_folder(module: nn.Module, folder: str | Path) -> None:
+    """Add the adapter of a folder that peft wrote to the weights it adapts; layers that it holds whole are replaced.
+
+    Raises:
+        ValueError: no adapter in safetensors there, or not exactly the tensors that it needs on this module.
+    """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    path = Path(folder)
+    if not all((path / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        raise ValueError(f"{str(folder)!r} is no adapter; give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    adapted: Any = get_peft_model(module, PeftConfig.from_pretrained(path))  # type: ignore[arg-type]
+    wanted = set(get_peft_model_state_dict(adapted))
+    tensors = load_file(path / ADAPTER_WEIGHTS)
+    if difference := sorted(wanted ^ set(tensors)):
+        raise ValueError(
+            f"adapter {str(folder)!r} does not fit the model: {len(difference)} tensors are missing or left over, "
+            f"first {difference[0]!r}; give the model that it was trained on"
+        )
+    set_peft_model_state_dict(adapted, tensors)
+    adapted.merge_and_unload()
 
 
 def target_layers(module: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -70,6 +70,17 @@ class LoRALinear(Linear):
         )  # fmt: skip
         return None if special else names[0]
 
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Called by peft for another adapter, which would replace or silence this one.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be put beside the model's own; call model.merge_adapters() first, which "
+            "adds those to the weights"
+        )
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else self.plain_adapter()
         if name is None:

@@ -30,10 +30,12 @@ def logical_numel(parameter: nn.Parameter) -> int:
 
 
 def count_parameters(model: nn.Module) -> list[ParameterRow]:
-    """Rows for vision, connector and language, and their sum. A tied weight counts once."""
+    """Rows for vision, connector, language and an alignment head, and their sum. A tied weight counts once."""
     rows = []
     for part in PARTS:
-        parameters = list(getattr(model, part).parameters())
+        if (module := getattr(model, part)) is None:
+            continue
+        parameters = list(module.parameters())
         rows.append(
             ParameterRow(
                 part,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,21 +18,25 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.generic import ModelOutput
 
-from eyespot.models.attention import attention_argument
-from eyespot.models.lora import add_lora, is_adapter
+from eyespot.models.alignment import build_alignment
+from eyespot.models.attention import attention_argument, check_takes_masks, kernels, tokens_ahead
+from eyespot.models.lora import add_lora, is_adapter, merge_adapter_folder, merge_lora
 from eyespot.models.loss import causal_loss, head_logits
 from eyespot.models.merge import merge, padding_to_the_left, placeholder_mask, positions_from_mask
 from eyespot.models.vision.pretrained import vision_from_config
 from eyespot.registry import CONNECTORS, LANGUAGES, VISION
 
-PARTS = ("vision", "connector", "language")
+PARTS = ("vision", "connector", "language", "alignment")
 TrainMode = Literal["frozen", "full", "lora"]
+IMAGE_ATTENTION = ("causal", "bidirectional")
 
 
 class VLMConfig(PreTrainedConfig):
@@ -48,12 +53,18 @@ class VLMConfig(PreTrainedConfig):
         num_prefix_tokens: how many such tokens the encoder gives (computed when the model is composed).
         num_image_tokens: K, tokens per image after the connector (computed when the model is composed).
         image_scale: factor on the connector's output, so that images arrive at the size of the text embeddings.
+        image_attention: "causal", or "bidirectional": the tokens of one picture see each other, as in Gemma 3 (arXiv
+            2503.19786) and PaliGemma (arXiv 2407.07726); words see only what stands before them either way.
         lora: per part ("vision", "language") the settings of its adapter.
+        alignment: the head that compares pictures with texts, for retrieval: ``{"dim": width of the shared space}``,
+            and with a connector that has a text side ``decode_id``, the token that starts a caption there; None leaves
+            the head out.
         float32_parts: parts kept in float32 when the model as a whole is bfloat16.
     """
 
     model_type = "eyespot_vlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    auto_map = {}  # no code beside the weights; TRL asks
 
     vision_config: Any = None
     text_config: Any = None
@@ -64,7 +75,9 @@ class VLMConfig(PreTrainedConfig):
     num_prefix_tokens: int = 0
     num_image_tokens: int = 0
     image_scale: float = 1.0
+    image_attention: str = "causal"
     lora: dict[str, Any] | None = None
+    alignment: dict[str, Any] | None = None
     float32_parts: list[str] | None = None
     tie_word_embeddings: bool = False
 
@@ -72,11 +85,13 @@ class VLMConfig(PreTrainedConfig):
         self.vision_config = _as_config(self.vision_config or {"model_type": "eyespot_vit"})
         self.text_config = _as_config(self.text_config or {"model_type": "eyespot_gpt"})
         self.connector = dict(self.connector or {"name": "linear"})
+        if self.image_attention not in IMAGE_ATTENTION:
+            raise ValueError(f"image_attention is {self.image_attention!r}; choose {' or '.join(IMAGE_ATTENTION)}")
         # transformers resets the attention kernel of sub-configurations; ready parts keep theirs
-        kernels = [getattr(part, "_attn_implementation", None) for part in (self.vision_config, self.text_config)]
+        ready = {name: kernels(getattr(self, name)) for name in self.sub_configs}
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         if kwargs.get("attn_implementation") is None:
-            self.vision_config._attn_implementation, self.text_config._attn_implementation = kernels
+            self._attn_implementation = ready
 
 
 def _as_config(config: Any) -> Any:
@@ -106,7 +121,7 @@ class VLM(PreTrainedModel, GenerationMixin):
     """A vision-language model as an ordinary model of transformers.
 
     ``vision``, ``connector`` and ``language`` may be handed in ready; left out, they are built from the configuration
-    (that is how ``from_pretrained`` does it).
+    (that is how ``from_pretrained`` does it). A fourth part, ``alignment``, is None unless the configuration asks for it.
     """
 
     config_class = VLMConfig
@@ -127,12 +142,17 @@ class VLM(PreTrainedModel, GenerationMixin):
         self.vision = vision if vision is not None else vision_from_config(config.vision_config)
         self.connector = build_connector(config.connector, self.vision_dim, self.language_dim)
         self.language = language if language is not None else AutoModelForCausalLM.from_config(config.text_config)
+        if config.image_attention == "bidirectional":
+            check_takes_masks(
+                self.language.config.get_text_config(), "image_attention=bidirectional needs", "image_attention=causal"
+            )
         for part, settings in (config.lora or {}).items():
             add_lora(getattr(self, part), settings)
+        self.alignment = build_alignment(config.alignment, self.connector, self.language_dim)
         # transformers loads everything in one dtype but for the modules named here
         self._keep_in_fp32_modules_strict = {rf"^{part}\." for part in config.float32_parts or []} | (
             {r"\.lora_[AB]\."} if config.lora else set()
-        )
+        ) | ({r"^alignment\."} if config.alignment else set())
         self.language_inputs = set(inspect.signature(self.language.base_model.forward).parameters)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -207,6 +227,51 @@ class VLM(PreTrainedModel, GenerationMixin):
             image_embeds = embeds.new_zeros(0, max(1, self.config.num_image_tokens), embeds.shape[-1])
         return merge(embeds, image_embeds, mask)
 
+    def tokens_ahead(self, input_ids: Tensor | None, mm_token_type_ids: Tensor | None) -> Tensor | None:
+        """How far each token looks ahead, int64 [B, T]; None when every token looks back only.
+
+        Raises:
+            ValueError: a picture is cut, or nothing tells where the pictures are.
+        """
+        if self.config.image_attention == "causal":
+            return None
+        if input_ids is not None:
+            is_image = placeholder_mask(input_ids, self.config.image_token_id)
+        elif mm_token_type_ids is not None:
+            is_image = mm_token_type_ids == 1
+        else:
+            raise ValueError(
+                "inputs_embeds do not tell where pictures are, which image_attention=bidirectional needs to know; give "
+                "mm_token_type_ids too, 1 on image tokens and 0 on words"
+            )
+        return tokens_ahead(is_image, self.config.num_image_tokens) if bool(is_image.any()) else None
+
+    def image_mask(self, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any, ahead: Tensor) -> Any:
+        """The mask for rows of one text each in which some tokens look ahead, as the language model takes it.
+
+        Args:
+            attention_mask: int64 [B, cached + T], 0 on padding. position_ids: int64 [B, T]; without a mask and a cache
+                they may start again in a row, where another text begins (as in transformers).
+            cache: of the tokens before, or None. ahead: int64 [B, T].
+        """
+        if attention_mask is None and cache is None and position_ids is not None:
+            starts = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) != 1
+            documents, positions = starts.cumsum(-1).expand_as(ahead), position_ids.expand_as(ahead)
+        else:
+            num_cached = 0 if cache is None else int(cache.get_seq_length())
+            real = ahead.new_ones(len(ahead), num_cached + ahead.shape[1]) if attention_mask is None else attention_mask
+            documents, positions = real.ne(0).long() - 1, positions_from_mask(real)
+        return attention_argument(
+            self.language.config.get_text_config(),
+            documents,
+            torch.zeros_like(documents),
+            positions,
+            self.language.dtype,
+            ahead.shape[1],
+            ahead,
+            cache,
+        )
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden float [..., D] -> logits float [..., V], one more column when the placeholder is beyond V."""
         logits = head_logits(self.language, hidden)
@@ -224,6 +289,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         image_features: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -242,7 +308,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             pixel_values: float [N, 3, H, W], all pictures of the batch in the order of their placeholders.
             attention_mask: int64 [B, T], or a ready mask [B, 1, T, T] for rows with structure.
             position_ids: int64 [B, T]; computed from the mask when left out.
-            inputs_embeds: float [B, T, D] instead of input_ids and pictures.
+            inputs_embeds: float [B, T, D] instead of input_ids and pictures. mm_token_type_ids: int64 [B, T], 1 on
+                their image tokens, needed only with ``config.image_attention`` "bidirectional".
             image_features: float [N, P, E], instead of pixel_values, when the pictures are encoded already.
             labels: int64 [B, T], -100 where nothing is to be learned; not shifted.
             num_items_in_batch: divisor of the summed loss (see ``causal_loss``).
@@ -262,15 +329,17 @@ class VLM(PreTrainedModel, GenerationMixin):
             if pixel_values is not None or image_features is not None:
                 image_embeds = self.embed_images(pixel_values, image_features)
             inputs_embeds = self.embed(input_ids, image_embeds)
+        length, dtype = inputs_embeds.shape[1], inputs_embeds.dtype
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = positions_from_mask(attention_mask)[:, -inputs_embeds.shape[1] :]
+            position_ids = positions_from_mask(attention_mask)[:, -length:]
+        ahead = self.tokens_ahead(input_ids, mm_token_type_ids)
         if documents is not None:
             assert branches is not None and position_ids is not None
-            length = inputs_embeds.shape[1]
-            attention_mask = attention_argument(
-                self.language.config.get_text_config(), documents, branches, position_ids, inputs_embeds.dtype, length
-            )
+            config = self.language.config.get_text_config()
+            attention_mask = attention_argument(config, documents, branches, position_ids, dtype, length, ahead)
             position_ids = position_ids[:, -length:]
+        elif ahead is not None and (attention_mask is None or getattr(attention_mask, "ndim", None) == 2):
+            attention_mask = self.image_mask(attention_mask, position_ids, past_key_values, ahead)
         if "position_ids" in self.language_inputs:
             kwargs["position_ids"] = position_ids
         if use_cache is None and labels is not None:
@@ -298,6 +367,29 @@ class VLM(PreTrainedModel, GenerationMixin):
             last_hidden_state=hidden,
             image_embeds=image_embeds,
         )
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,  # transformers looks for the name
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' own, which hands the merged prompt on as embeddings; beside them, where the pictures are."""
+        if is_first_iteration and self.config.image_attention == "bidirectional" and input_ids.shape[1] > 0:
+            kwargs["mm_token_type_ids"] = placeholder_mask(input_ids, self.config.image_token_id).long()
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
+        inputs: dict[str, Any] = prepare(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        return inputs
+
+    def create_masks_for_generate(self, mm_token_type_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """For a cache of fixed size transformers asks for the mask before it calls ``forward``."""
+        ahead = None if mm_token_type_ids is None else self.tokens_ahead(None, mm_token_type_ids)
+        if ahead is None:
+            return create_masks_for_generate(**kwargs)
+        return self.image_mask(kwargs["attention_mask"], kwargs["position_ids"], kwargs["past_key_values"], ahead)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -327,29 +419,68 @@ class VLM(PreTrainedModel, GenerationMixin):
         inputs_embeds = self.embed(input_ids, image_embeds)
         return super().generate(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
+    def prefill(self, input_ids: Tensor, image_features: Tensor) -> DynamicCache:
+        """The cache after the beginning of a prompt, for ``generate(whole prompt, past_key_values=copy of it, ...)``.
+
+        input_ids int64 [1, T]; image_features float [N, P, E].
+        """
+        cache = DynamicCache(config=self.language.config)
+        self(input_ids, image_features=image_features, past_key_values=cache, use_cache=True, skip_logits=True)
+        return cache
+
     # --- training ----------------------------------------------------------------------------------------------
 
     def set_trainable(self, **modes: TrainMode) -> None:
         """Per part ``frozen``, ``full`` or ``lora``: ``model.set_trainable(vision="frozen", language="lora")``.
 
+        ``full`` means the weights themselves; an adapter beside them is left as it is. The text side of a connector
+        learns only while the alignment head does, because no other loss reaches it.
+
         Raises:
-            ValueError: unknown part or mode; ``lora`` for a part that has no adapter.
+            ValueError: unknown part or mode; ``lora`` for a part that has no adapter; a head that the model has not.
         """
         for part, mode in modes.items():
             if part not in PARTS or mode not in ("frozen", "full", "lora"):
                 raise ValueError(f"{part}={mode!r} is not a part and a mode; parts: {PARTS}, modes: frozen, full, lora")
+            if getattr(self, part) is None:
+                if mode == "frozen":
+                    continue
+                raise ValueError(f"the model has no {part} head; compose it with model.{part}={{dim: 256}}")
             if mode == "lora" and part not in (self.config.lora or {}):
                 raise ValueError(f"{part} has no adapter; compose the model with {part}.lora set, or train it in full")
             bias = (self.config.lora or {}).get(part, {}).get("bias", "none")
             for name, parameter in getattr(self, part).named_parameters():
-                parameter.requires_grad_(is_adapter(name, bias) if mode == "lora" else mode == "full")
+                is_full = mode == "full" and "lora_" not in name
+                parameter.requires_grad_(is_adapter(name, bias) if mode == "lora" else is_full)
+        if not any(p.requires_grad for p in self.part_parameters("alignment")):
+            for parameter in getattr(self.connector, "text_side", list)():
+                parameter.requires_grad_(False)
+
+    def part_parameters(self, part: str) -> list[nn.Parameter]:
+        """Of vision, connector, language or alignment; none of a part that the model has not."""
+        module = getattr(self, part)
+        return [] if module is None else list(module.parameters())
+
+    def merge_adapters(self) -> None:
+        """Add all adapters to the weights they adapt, for good, so that other trainers can put their own there."""
+        merge_lora(self)
+        self.config.lora = None
+
+    def add_adapter_folder(self, folder: str | Path) -> None:
+        """Add an adapter that peft saved for this model to the weights it adapts (see ``merge_adapters``).
+
+        Raises:
+            ValueError: the folder holds no such adapter, or one of another model.
+        """
+        self.merge_adapters()
+        merge_adapter_folder(self, folder)
 
     def train(self, mode: bool = True) -> VLM:
         """Training mode for the parts that learn; a part without a trainable parameter stays in evaluation mode."""
         super().train(mode)
         for part in PARTS:
             module = getattr(self, part)
-            if not any(p.requires_grad for p in module.parameters()):
+            if module is not None and not any(p.requires_grad for p in module.parameters()):
                 module.eval()
         return self
 
@@ -381,3 +512,4 @@ def build_connector(settings: dict[str, Any] | None, vision_dim: int, language_d
 
 AutoConfig.register("eyespot_vlm", VLMConfig)
 AutoModelForImageTextToText.register(VLMConfig, VLM)
+AutoModelForCausalLM.register(VLMConfig, VLM)  # what TRL takes when it is given a folder

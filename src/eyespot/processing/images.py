@@ -31,7 +31,9 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
-ImageInput = str | os.PathLike[str] | bytes | PIL.Image.Image
+from eyespot.pictures import LazyPicture
+
+ImageInput = str | os.PathLike[str] | bytes | PIL.Image.Image | LazyPicture
 
 # An allow-list, because Pillow also knows formats that start other programs (EPS runs Ghostscript).
 # Source: https://pillow.readthedocs.io/en/stable/handbook/image-file-formats.html
@@ -84,7 +86,7 @@ def open_image(source: ImageInput, max_pixels: int = 64_000_000) -> PIL.Image.Im
     Pillow image its current frame. The result is a fresh image; the given one is left as it was.
 
     Args:
-        source: a path, the bytes of a picture file, or a Pillow image.
+        source: a path, the bytes of a picture file, a Pillow image, or a picture to be drawn.
         max_pixels: limit of width x height, checked before anything is decoded.
 
     Returns:
@@ -93,6 +95,8 @@ def open_image(source: ImageInput, max_pixels: int = 64_000_000) -> PIL.Image.Im
     Raises:
         ImageError: for every source that is no readable picture, and for no other reason another error.
     """
+    if isinstance(source, LazyPicture):
+        source = source.draw()
     name = _name(source)
     try:
         image = source if isinstance(source, PIL.Image.Image) else _identify(source, name)
@@ -117,10 +121,18 @@ def content_hash(source: ImageInput) -> str:
     Raises:
         ImageError: as `open_image`.
     """
+    if isinstance(source, LazyPicture):
+        return _drawn_hash(source)
     image = open_image(source)
     digest = hashlib.sha256(struct.pack("<QQ", *image.size))
     digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _drawn_hash(picture: LazyPicture) -> str:
+    """The hash of the pixels, and not of the values they come from: another font or another Pillow may draw others."""
+    return content_hash(picture.draw())
 
 
 def fetch_image(

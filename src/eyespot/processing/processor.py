@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from eyespot.processing.images import open_image
 from eyespot.processing.prompt import (
@@ -22,6 +24,7 @@ from eyespot.processing.prompt import (
     prompt_spans,
     training_spans,
 )
+from eyespot.processing.texts import TEXT_FOLDER, encode_alone, framed
 
 IGNORE_INDEX = -100
 IMAGE_TEXT = "<image>"
@@ -54,6 +57,9 @@ class Processor(ProcessorMixin):
         image_mode: "placeholder" puts a picture where it stands in the conversation, "prefix" puts all pictures first.
         add_bos: start every row with exactly one BOS token.
         template_kwargs: further variables for the template.
+        max_text: tokens at which a text that stands alone is cut; None if the model compares none with pictures.
+        text_folder: the folder below the processor's own with the tokenizer of such texts; None if they are read by the
+            language model.
     """
 
     def __init__(
@@ -66,6 +72,8 @@ class Processor(ProcessorMixin):
         image_mode: Literal["placeholder", "prefix"] = "placeholder",
         add_bos: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        max_text: int | None = None,
+        text_folder: str | None = None,
         **kwargs: Any,
     ) -> None:
         if image_mode not in ("placeholder", "prefix"):
@@ -77,6 +85,8 @@ class Processor(ProcessorMixin):
         self.image_mode = image_mode
         self.add_bos = add_bos
         self.template_kwargs = template_kwargs or {}
+        self.max_text, self.text_folder = max_text, text_folder
+        self.text_tokenizer: PreTrainedTokenizerBase | None = None
         self._encoded: dict[Hashable, Encoded] = {}
         super().__init__(  # type: ignore[no-untyped-call]
             image_processor, tokenizer, chat_template=chat_template or TEMPLATES["plain"]
@@ -116,17 +126,23 @@ class Processor(ProcessorMixin):
         last = max(i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
         if self.image_token_id in encoded.input_ids[last + 1 :]:
             raise PromptError("a picture stands after the last answer, where nothing learns from it; drop that turn")
-        ids, labels = encoded.input_ids[: last + 1], encoded.labels[: last + 1]
-        if max_length is not None and len(ids) > max_length:
-            if self.image_token_id in ids[max_length:]:
-                raise PromptError(
-                    f"{len(ids)} tokens with a picture beyond max_length={max_length}; raise max_length or use a "
-                    "connector with fewer tokens"
-                )
-            ids, labels = ids[:max_length], labels[:max_length]
-            if all(label == IGNORE_INDEX for label in labels[1:]):
-                raise PromptError(f"the answer starts beyond max_length={max_length}; raise max_length")
-        return Encoded(ids, labels, encoded.num_images)
+        whole = Encoded(encoded.input_ids[: last + 1], encoded.labels[: last + 1], encoded.num_images)
+        row = self._cut(whole, max_length)
+        if row.num_supervised == 0 < whole.num_supervised:
+            raise PromptError(f"the answer starts beyond max_length={max_length}; raise max_length")
+        return row
+
+    def _cut(self, row: Encoded, max_length: int | None) -> Encoded:
+        """The row up to ``max_length`` tokens, if there is such a limit; never through a picture."""
+        ids = row.input_ids
+        if max_length is None or len(ids) <= max_length:
+            return row
+        if self.image_token_id in ids[max_length:]:
+            raise PromptError(
+                f"{len(ids)} tokens with a picture beyond max_length={max_length}; raise max_length or use a "
+                "connector with fewer tokens"
+            )
+        return Encoded(ids[:max_length], row.labels[:max_length], row.num_images)
 
     def encode_prompt(self, messages: Sequence[Message]) -> Encoded:
         """The row that asks for the next assistant turn: token for token what training put before an answer."""
@@ -141,13 +157,14 @@ class Processor(ProcessorMixin):
             spans = sorted(spans, key=lambda span: span.kind != "image")
         return spans
 
-    def _encode(self, spans: list[Span]) -> Encoded:
-        ids: list[int] = [self.tokenizer.bos_token_id] if self.add_bos else []
+    def _encode(self, spans: list[Span], bos: bool = True) -> Encoded:
+        bos = bos and self.add_bos
+        ids: list[int] = [self.tokenizer.bos_token_id] if bos else []
         labels = [IGNORE_INDEX] * len(ids)
         first_words = next((span for span in spans if span.kind != "image"), None)
         for span in spans:
             new = self._span_ids(span)
-            if self.add_bos and span is first_words and new[:1] == ids[:1]:
+            if bos and span is first_words and new[:1] == ids[:1]:
                 new = new[1:]  # the template writes BOS itself
             known = [IGNORE_INDEX] * len(new)
             if span.learned:
@@ -203,6 +220,41 @@ class Processor(ProcessorMixin):
         """What fills a row; it is masked by place, so a tokenizer without a padding token may use any id."""
         return self.tokenizer.pad_token_id or 0
 
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Texts alone, to be compared with pictures: text_ids and text_mask int64 [N, T], padded on the right.
+
+        Without a tokenizer of their own they are what the language model would answer, and end like an answer.
+
+        Raises:
+            ValueError: the model has no alignment head.
+        """
+        if self.max_text is None:
+            raise ValueError("this model has no alignment head; train one with model.alignment and a stage of pairs")
+        if self.text_tokenizer is not None:
+            pad = self.text_tokenizer.pad_token_id or 0
+            return framed(*encode_alone(self.text_tokenizer, texts), self.max_text, pad)
+        first = [self.tokenizer.bos_token_id] if self.add_bos else []
+        rows = [self._span_ids(Span("text", text)) for text in texts]
+        return framed(first, rows, self.end_of_turn_id, self.max_text, self.pad_token_id)
+
+    # --- folders -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """transformers' own, and the tokenizer of texts alone in its folder."""
+        if self.text_tokenizer is not None:  # first, so that an upload finds it
+            self.text_tokenizer.save_pretrained(Path(save_directory) / TEXT_FOLDER)
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """transformers' own, and the tokenizer of texts alone if there is one."""
+        processor: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if processor.text_folder is not None:
+            processor.text_tokenizer = AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, subfolder=processor.text_folder, **kwargs
+            )
+        return processor
+
     # --- pictures ----------------------------------------------------------------------------------------------
 
     def pixel_values(self, images: Sequence[Any]) -> Tensor:
@@ -247,45 +299,118 @@ class Processor(ProcessorMixin):
         del batch["labels"]
         return BatchFeature(batch)
 
-    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        padding_side: Literal["left", "right"] = "left",
+        truncation: bool = False,
+        max_length: int | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """Texts with literal ``<image>`` marks and their pictures -> input_ids, attention_mask, pixel_values.
 
         The texts are taken as they stand, without chat template. ``images`` is one picture, a list in the order of the
-        marks, or one list for each text.
+        marks, or one list for each text. A row starts with BOS if the model wants one, and then with one only; with
+        ``add_special_tokens=False`` if the text does. With ``truncation`` it ends at ``max_length``.
         """
-        kwargs.pop("return_tensors", None)
-        side = kwargs.pop("padding_side", "left")
-        kwargs.pop("padding", None)
-        if kwargs:
-            raise ValueError(f"unknown argument {sorted(kwargs)[0]!r}; Processor takes images, text and padding_side")
+        _take_batch_options(kwargs)
         texts = [text] if isinstance(text, str) else list(text or [])
         pictures = _flat(images)
         check_counts(sum(t.count(IMAGE_TEXT) for t in texts), len(pictures))
-        rows = [self._encode(_literal_spans(t, self.image_mode)) for t in texts]
-        batch = self.pad(rows, side) if rows else {}
+        rows = [
+            self._encode(_literal_spans(t, self.image_mode), add_special_tokens or self._opens_with_bos(t))
+            for t in texts
+        ]
+        rows = [self._cut(row, max_length if truncation else None) for row in rows]
+        batch = self.pad(rows, padding_side) if rows else {}
         batch.pop("labels", None)
         if pictures:
             batch["pixel_values"] = self.pixel_values(pictures)
         return BatchFeature(batch)
 
-    def apply_chat_template(  # type: ignore[override]
-        self, conversation: Any, tokenize: bool = False, **kwargs: Any
-    ) -> Any:
-        """transformers' name for prompts from messages; pictures come from the parts' ``image``, ``path`` or ``url``.
+    def _opens_with_bos(self, text: str) -> bool:
+        return self.add_bos and text.startswith(self.tokenizer.bos_token)
 
-        Returns text with ``<image>`` marks, or with ``tokenize=True`` the batch that ``generate`` takes.
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' name for messages to text or tensors; pictures come from the parts' ``image``, ``path`` or
+        ``url``.
+
+        Returns:
+            Text with ``<image>`` marks, or one for each conversation. With ``tokenize=True`` the batch that ``generate``
+            takes, as tensors ("pt") or lists: the prompt, if the last turn is a user's or ``add_generation_prompt`` is
+            set, else the whole conversation as eyespot trains it. ``return_assistant_tokens_mask`` also takes the whole
+            conversation and marks in ``assistant_masks`` int64 [B, T] what is learned.
+
+        Raises:
+            PromptError: a whole conversation with pictures is to be tokenized without its mask.
+            ValueError: an argument that has no effect here.
         """
-        rows = conversation if conversation and not isinstance(conversation[0], dict) else [conversation]
-        if tokenize:
-            return self.prompt_batch([(_pictures_of(messages), messages) for messages in rows])
-        ask = kwargs.get("add_generation_prompt", False)
-        texts = [
-            "".join(
-                IMAGE_TEXT if span.kind == "image" else span.text for span in self._spans(messages, training=not ask)
+        if ignored := [name for name, value in kwargs.items() if value and name != "return_dict"]:
+            raise ValueError(f"apply_chat_template cannot use {ignored[0]!r}; variables of the template are template_kwargs")
+        processor = self if chat_template in (None, self.chat_template) else self._with_template(chat_template)
+        single = not conversation or isinstance(conversation[0], dict)
+        rows = [conversation] if single else conversation
+        if not tokenize:
+            texts = [processor._text(messages, add_generation_prompt) for messages in rows]
+            return texts[0] if single else texts
+        asks = add_generation_prompt or all(messages[-1]["role"] == "user" for messages in rows)
+        if asks and not return_assistant_tokens_mask:
+            batch = processor.prompt_batch([(_pictures_of(messages), messages) for messages in rows])
+        else:
+            batch = processor._conversation_batch(rows, return_assistant_tokens_mask, processor_kwargs or {})
+        return batch if return_tensors == "pt" else BatchFeature({name: v.tolist() for name, v in batch.items()})
+
+    def _with_template(self, chat_template: str | None) -> Processor:
+        other = copy.copy(self)
+        other.chat_template = chat_template
+        other.__dict__.pop("_template_tokens", None)  # depends on the template
+        return other
+
+    def _text(self, messages: Sequence[Message], ask: bool) -> str:
+        """The conversation as text that ``__call__`` turns into the ids of this processor: with BOS exactly once, and no
+        further than the token that ends the last answer."""
+        spans = self._spans(messages, training=not ask and messages[-1]["role"] == "assistant")
+        if spans[-1].ends_turn:
+            end = str(self.tokenizer.convert_ids_to_tokens(self._end_of_turn(spans[-1])))
+            spans[-1] = Span("template", end)
+        text = "".join(IMAGE_TEXT if span.kind == "image" else span.text for span in spans)
+        return f"{self.tokenizer.bos_token}{text}" if self.add_bos and not self._opens_with_bos(text) else text
+
+    def _conversation_batch(
+        self, rows: Sequence[Sequence[Message]], with_mask: bool, options: Mapping[str, Any]
+    ) -> BatchFeature:
+        """Conversations with their answers, encoded as eyespot trains them."""
+        pictures = [_pictures_of(messages) for messages in rows]
+        if any(pictures) and not with_mask:
+            raise PromptError(
+                "a conversation with pictures and answers needs return_assistant_tokens_mask=True, because the "
+                "placeholders of a picture cannot be labels; with TRL set assistant_only_loss=True in SFTConfig, or "
+                "give its data as prompt and completion"
             )
-            for messages in rows
-        ]
-        return texts if rows is conversation else texts[0]
+        limit = options.get("max_length") if options.get("truncation") else None
+        batch = self.pad(
+            [self.encode_conversation(messages, limit) for messages in rows], options.get("padding_side", "left")
+        )
+        learned = (batch.pop("labels") != IGNORE_INDEX).long()
+        if with_mask:
+            batch["assistant_masks"] = learned
+        if any(pictures):
+            batch["pixel_values"] = self.pixel_values(_flat(pictures))
+        return BatchFeature(batch)
 
     # --- back to words -----------------------------------------------------------------------------------------
 
@@ -315,6 +440,16 @@ def check_counts(num_placeholders: int, num_images: int) -> None:
         was = "image was" if num_images == 1 else "images were"
         cure = "add the image or drop the placeholder" if num_placeholders > num_images else "add an <image> for each"
         raise PromptError(f"prompt has {num_placeholders} <image> but {num_images} {was} given; {cure}")
+
+
+def _take_batch_options(options: dict[str, Any]) -> None:
+    """Remove what transformers may say and what holds here anyway; raise ValueError for anything else."""
+    always = {"return_tensors": ("pt", None), "padding": (True, "longest", None), "pad_to_multiple_of": (None,)}
+    for name, values in always.items():
+        if (given := options.pop(name, None)) not in values:
+            raise ValueError(f"{name} is {given!r}, but Processor always gives padded tensors; leave it out")
+    if options:
+        raise ValueError(f"unknown argument {min(options)!r}; Processor takes images, text and options of its batch")
 
 
 def _literal_spans(text: str, image_mode: str) -> list[Span]:

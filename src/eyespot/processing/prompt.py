@@ -21,18 +21,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 Message = Mapping[str, Any]
 Kind = Literal["template", "text", "image"]
 
-# `images` are the pictures that open a turn, `text` the rest of it, `content` both
+# `images` are the pictures that open a turn, `text` the rest of it, `content` both; `generation` encloses what is
+# learned, for other trainers that look for it
 TEMPLATES = {
     "plain": (
         "{% for m in messages %}"
-        "{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}{{ '\\n' }}"
+        "{% if m.role == 'assistant' %}Assistant: {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+        "{{ '\\n' }}"
         "{% else %}{{ m.images }}{{ '\\n' if m.images else '' }}"
         "{{ 'Human: ' if m.role == 'user' else '' }}{{ m.text }}{{ '\\n' }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
     ),
     "raw": (
         "{% set ns = namespace(text=false) %}{% for m in messages %}"
-        "{% if m.role == 'assistant' %}{{ ' ' if ns.text else '' }}{{ m.content }}{{ eos_token }}"
+        "{% if m.role == 'assistant' %}{{ ' ' if ns.text else '' }}{% generation %}{{ m.content }}"
+        "{{ eos_token }}{% endgeneration %}"
         "{% else %}{{ m.content }}{% set ns.text = m.text != '' %}{% endif %}{% endfor %}"
     ),
 }

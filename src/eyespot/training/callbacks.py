@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import signal
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -18,6 +21,10 @@ from eyespot.data.collate import Window
 from eyespot.data.sample import Rejected, Sample
 from eyespot.inference import Assistant
 from eyespot.training.checkpoint import CheckpointWriter, random_state, set_random_state
+from eyespot.training.processes import from_all
+
+STOP_SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGUSR1") if n in signal.Signals.__members__]
+SAME_SIGNAL_S = 2.0  # torchrun passes on a Ctrl+C that the terminal has sent to every process already
 
 
 class Reporter(lightning.Callback):
@@ -46,8 +53,9 @@ class Reporter(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Window, batch_idx: int) -> None:
         then, samples, tokens = self._since
-        self._since = (then, samples + len(batch.ids), tokens + batch.num_tokens)
-        self.samples_seen += len(batch.ids)
+        new_samples, new_tokens = pl_module.step_counts
+        self._since = (then, samples + new_samples, tokens + new_tokens)
+        self.samples_seen += new_samples
         for sample in batch.rejected:
             self.rejected.append(sample)
             self.console.print(f"left out {sample.id}: {sample.reason}", markup=False)
@@ -109,8 +117,13 @@ class SampleAnswers(lightning.Callback):
         self.file, self.console = file, console
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not self.samples or trainer.global_step % self.every or not trainer.is_global_zero:
+        if not self.samples or trainer.global_step % self.every:
             return
+        with pl_module.whole_weights():
+            if trainer.is_global_zero:
+                self._ask(trainer.global_step)
+
+    def _ask(self, step: int) -> None:
         asked = [(sample.images, question_of(sample)) for sample in self.samples]
         state = random_state()
         was_training = self.assistant.model.training
@@ -121,7 +134,7 @@ class SampleAnswers(lightning.Callback):
         set_random_state(state)  # looking at the model must not change what it learns
         with self.file.open("a", encoding="utf-8") as file:
             for sample, answer in zip(self.samples, answers, strict=True):
-                row = {"step": trainer.global_step, "id": sample.id, "answer": answer, "truth": list(sample.answers)}
+                row = {"step": step, "id": sample.id, "answer": answer, "truth": list(sample.answers)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 self.console.print(f"  {sample.id}: {answer!r} (truth: {', '.join(sample.answers)})", markup=False)
 
@@ -135,7 +148,9 @@ class Checkpoints(lightning.Callback):
     """Writes a checkpoint every ``every`` steps, at the end of a validation that is among the best, and when asked to
     stop; keeps the ``keep_best`` best and the last.
 
-    A first Ctrl+C (or SIGTERM) finishes the step, writes a checkpoint and ends the run; a second one ends it at once.
+    A first Ctrl+C (or SIGTERM, or SIGUSR1, with which SLURM likes to announce the end of a job) finishes the step,
+    writes a checkpoint and ends the run, in all processes though only one may have got it; a second one ends it at
+    once.
     """
 
     def __init__(self, writer: CheckpointWriter, every: int, keep_best: int, patience: int | None) -> None:
@@ -144,24 +159,30 @@ class Checkpoints(lightning.Callback):
         self.stopped_by: str | None = None
         self.bad_validations = 0
         self._handlers: dict[int, Any] = {}
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: list[dict[str, Any]] = []
+        self._asked_at = math.inf
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._resumed is not None:
-            set_random_state(self._resumed)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+        if trainer.global_rank < len(self._resumed):
+            set_random_state(self._resumed[trainer.global_rank])
+        elif trainer.global_rank > 0:
+            torch.manual_seed(pl_module.settings.seed + trainer.global_rank)  # dropout of its own
+        for number in STOP_SIGNALS:
+            self._handlers[number] = signal.signal(number, functools.partial(self._ask_to_stop, trainer, pl_module))
 
-    def _ask_to_stop(self, number: int, frame: Any) -> None:
-        if self.stopped_by is not None:
+    def _ask_to_stop(self, trainer: Any, pl_module: Any, number: int, frame: Any) -> None:
+        if pl_module.stop_signal and time.monotonic() > self._asked_at + SAME_SIGNAL_S:
             raise KeyboardInterrupt
-        self.stopped_by = signal.Signals(number).name
-        print("\nfinishing this step and saving; press Ctrl+C again to stop at once", file=sys.stderr)
+        if not pl_module.stop_signal and trainer.is_global_zero:
+            print("\nfinishing this step and saving; press Ctrl+C again to stop at once", file=sys.stderr)
+        self._asked_at = min(self._asked_at, time.monotonic())
+        pl_module.stop_signal = number
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step >= pl_module.num_steps:
-            self.stopped_by = None  # that was the last step: nothing is left to stop
-        if self.stopped_by is not None:
+        # alone, a process need not wait for the next step to agree with the others
+        number = pl_module.stop_signal if trainer.world_size == 1 else pl_module.agreed_signal
+        if number and trainer.global_step < pl_module.num_steps:  # after the last step nothing is left to stop
+            self.stopped_by = signal.Signals(number).name
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # whoever stops a run does not want to wait for a validation
         if self.stopped_by is not None or trainer.global_step % self.every == 0:
@@ -198,7 +219,7 @@ class Checkpoints(lightning.Callback):
         self._handlers = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores, "bad": self.bad_validations, "random": random_state()}
+        return {"scores": self.scores, "bad": self.bad_validations, "random": from_all(random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.scores, self.bad_validations = dict(state_dict["scores"]), state_dict["bad"]

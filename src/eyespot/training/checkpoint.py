@@ -11,13 +11,14 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from eyespot.compose import CHECKPOINT_FILE, TRAINED_FILE, frozen_hash, trained_tensors
+from eyespot.compose import CHECKPOINT_FILE, EARLIER_FILE, TRAINED_FILE, frozen_hash, trained_tensors
 from eyespot.config import ModelSettings, to_dict
 from eyespot.models.vlm import VLM
 
@@ -55,35 +56,50 @@ class CheckpointWriter:
         folder: of the run's checkpoints.
         model: the model in training. settings: how its parts were built, and seed: of what is random in them.
         processor_folder: where the run saved its processor once; its files are linked, not copied.
+        train: of a stage, the mode of every part, which may be another one than in the settings.
+        earlier: of a stage, the file with the tensors of the stages before it; it is linked too.
     """
 
-    def __init__(self, folder: Path, model: VLM, settings: ModelSettings, seed: int, processor_folder: Path) -> None:
-        self.folder, self.model, self.processor_folder = folder, model, processor_folder
+    def __init__(
+        self,
+        folder: Path,
+        model: VLM,
+        settings: ModelSettings,
+        seed: int,
+        processor_folder: Path,
+        train: Mapping[str, str] | None = None,
+        earlier: Path | None = None,
+    ) -> None:
+        self.folder, self.model, self.processor_folder, self.earlier = folder, model, processor_folder, earlier
         self.record = {"model": to_dict(settings), "seed": seed, "frozen_sha256": frozen_hash(model)}
-        folder.mkdir(parents=True, exist_ok=True)
+        if train is not None:
+            self.record["train"] = dict(train)
 
     def write(self, step: int, trainer: Any) -> Path:
-        """Write the checkpoint of a step; returns its folder."""
+        """Write the checkpoint of a step; returns its folder. Every process takes part, the first one writes."""
         target = self.folder / f"step-{step:07d}"
         partial = self.folder / f".partial-{step:07d}"
+        tensors = trained_tensors(self.model)
         if trainer.is_global_zero:
-            self._write_files(partial, step)
-        trainer.save_checkpoint(partial / RESUME_FILE, weights_only=False)  # every process takes part
+            self._write_files(partial, step, tensors)
+        trainer.save_checkpoint(partial / RESUME_FILE, weights_only=False)
         if trainer.is_global_zero:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
         return target
 
-    def _write_files(self, folder: Path, step: int) -> None:
+    def _write_files(self, folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
 
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
-        for file in self.processor_folder.iterdir():
-            link_or_copy(file, folder / file.name)
-        save_file(trained_tensors(self.model), folder / TRAINED_FILE)
+        for file in (path for path in self.processor_folder.rglob("*") if path.is_file()):
+            link_or_copy(file, folder / file.relative_to(self.processor_folder))
+        if self.earlier is not None:
+            link_or_copy(self.earlier, folder / EARLIER_FILE)
+        save_file(tensors, folder / TRAINED_FILE)
         (folder / CHECKPOINT_FILE).write_text(json.dumps({**self.record, "step": step}, indent=2))
 
     def steps(self) -> list[Path]:
@@ -99,6 +115,7 @@ class CheckpointWriter:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link where the file system allows it, else a copy."""
+    target.parent.mkdir(exist_ok=True)
     try:
         os.link(source, target)
     except OSError:

@@ -20,7 +20,9 @@ def parameter_groups(model: nn.Module, lr: Mapping[str, float], weight_decay: fl
     """
     groups = []
     for part in PARTS:
-        named = [(n, p) for n, p in getattr(model, part).named_parameters() if p.requires_grad]
+        if (module := getattr(model, part)) is None:
+            continue
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         for name, parameter in named:
             if parameter.dtype != torch.float32:
                 raise ValueError(

@@ -7,10 +7,12 @@ import json
 import logging
 import math
 import os
+import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,34 +21,42 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from eyespot.compose import build_from_settings, load_trained, save, with_dtypes
+from eyespot.compose import build_from_settings, load_checkpoint, load_trained, save, with_dtypes
 from eyespot.config import (
     ConfigError,
     DataSettings,
     ModelSettings,
     TrainerSettings,
     TrainSettings,
+    build_parts,
     check_settings,
+    check_value,
     from_dict,
+    sources_of,
+    stages_model,
     to_dict,
 )
-from eyespot.data import sources
+from eyespot.data import mixture, sources
 from eyespot.data.sample import ImageSource, LoadReport, Sample
 from eyespot.devices import choose_device, has_fast_bfloat16
-from eyespot.files import default_cache, make_folder
+from eyespot.files import default_cache, make_folder, one_at_a_time
 from eyespot.inference import Assistant, load
 from eyespot.models.compiling import compile_layers
 from eyespot.models.parameters import parameter_table
 from eyespot.processing.tokenizers import bpe_tokenizer
-from eyespot.registry import closest
+from eyespot.registry import AUGMENTATIONS, FILTERS, closest
 
 if TYPE_CHECKING:
+    from eyespot.data.augmenter import Augmenter
     from eyespot.data.features import FeatureStore
+    from eyespot.training.stages import Measure, Stage
 
 BeforeTraining = Callable[[Assistant], None]
 RECORD_FILE = "training.json"
 SETTINGS_FILE = "settings.json"
 CALIBRATION_SAMPLES = 32
+PLACEMENT = ("batch_size", "accumulate", "devices", "num_nodes")
+WAITING = ("num_workers", "timeout_s")
 
 
 @dataclass
@@ -75,6 +85,8 @@ class Run:
 def compose_settings(overrides: Sequence[str]) -> TrainSettings:
     """Settings from command-line overrides: ``["recipe=quickstart", "trainer.batch_size=16", "vision=vit_tiny"]``.
 
+    ``+shrink=true`` makes the recipe small before values are overridden (see eyespot.training.shrink).
+
     Raises:
         ConfigError: unknown recipe, group, key or value.
     """
@@ -87,12 +99,14 @@ def compose_settings(overrides: Sequence[str]) -> TrainSettings:
 
     if not any(o.lstrip("+").startswith("recipe=") for o in overrides):
         raise ConfigError("no recipe was given; add recipe=NAME with one of: " + ", ".join(choices("recipe")))
-    groups, values = [], []
+    groups, values, shrinks = [], [], False
     for override in overrides:
         key, equals, name = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r} has no value; write key=value")
-        if key in (*GROUPS, "recipe"):
+        if key.lstrip("+") == "shrink":
+            shrinks = check_value({"true": True, "false": False}.get(name.lower(), name), bool, "shrink")
+        elif key in (*GROUPS, "recipe"):
             if name not in (names := choices(key)):
                 raise ConfigError(f"unknown {key} {name!r}{closest(name, names)} Choices: {', '.join(names)}")
             groups.append(override)
@@ -102,6 +116,10 @@ def compose_settings(overrides: Sequence[str]) -> TrainSettings:
         with initialize_config_module("eyespot.configs", version_base="1.3"):
             composed = compose("train", overrides=groups)
         OmegaConf.set_struct(composed, False)
+        if shrinks:
+            from eyespot.training.shrink import shrink
+
+            composed = OmegaConf.create(shrink(OmegaConf.to_container(composed, resolve=True)))  # type: ignore[arg-type]
         parser = OverridesParser.create()
         for override in values:
             try:
@@ -136,14 +154,17 @@ def train(
     *,
     fresh: bool = False,
     before_training: BeforeTraining | None = None,
+    measure: Measure | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Train a model; the same call goes on where an interrupted one stopped.
+    """Train a model, in stages if the settings name some; the same call goes on where an interrupted one stopped.
 
     Args:
         settings: of the run, or plain values for them.
         fresh: delete what an earlier run of this name left.
         before_training: called once with the untrained model, before the first step.
+        measure: called after every stage that compares pictures with texts, with the model and the samples that the
+            stage held out; what it finds goes into the stage's folder and record.
         console: where progress goes.
 
     Raises:
@@ -154,31 +175,52 @@ def train(
         settings = from_dict(TrainSettings, settings)
     assert isinstance(settings, TrainSettings)
     check_settings(settings)
+    from eyespot.training.processes import check_processes, is_first_process, own_device
+
     # decided now and recorded, so that a checkpoint's frozen parts are built the same way on another machine
-    device = choose_device(settings.trainer.device)
-    settings = replace(settings, model=with_dtypes(settings.model, device))
+    device = own_device(choose_device(settings.trainer.device))
+    check_processes(settings.trainer, device)
+    model_settings = settings.model if settings.stages is None else stages_model(settings)
+    settings = replace(settings, model=with_dtypes(model_settings, device))
     console = console or Console(stderr=True)
     if not is_first_process():
         console = Console(quiet=True)
-    folder = Path(settings.output_dir) / settings.name
-    resume = find_resume(folder, settings, fresh)
     _quiet()
+    if settings.stages is not None:
+        from eyespot.training.stages import train_stages
+
+        return train_stages(settings, fresh=fresh, before_training=before_training, measure=measure, console=console)
+    folder = Path(settings.output_dir) / settings.name
+    # one process judges and changes the folder; the others may start at any time meanwhile, and are compared later
+    resume = find_resume(folder, settings, fresh) if is_first_process() else None if fresh else last_checkpoint(folder)
+    return run_in(folder, settings, resume, before_training, console)
+
+
+def run_in(
+    folder: Path,
+    settings: TrainSettings,
+    resume: Path | None,
+    before_training: BeforeTraining | None,
+    console: Console,
+    stage: Stage | None = None,
+) -> Run:
+    """A single training in its folder, from its start or from a checkpoint; what stands in the folder of a training
+    that starts is deleted."""
+    from eyespot.training.processes import is_first_process
+
     train_samples, validation, report = load_data(settings.data, settings.trainer.seed)
     if is_first_process():
         if resume is None and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / SETTINGS_FILE, to_dict(settings))
-        (folder / "data_report.txt").write_text(report.summary() + "\n", encoding="utf-8")
+        report.write(folder)
+    if stage is not None:
+        stage.check_data(train_samples)
     console.print(f"data: {len(train_samples)} training and {len(validation)} validation samples")
     if report.rejected:
         console.print(report.summary(), markup=False)
-    return _fit(settings, folder, resume, train_samples, validation, before_training, console)
-
-
-def is_first_process() -> bool:
-    """False in the further processes that Lightning starts, one for each further device; they write nothing."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return _fit(settings, folder, resume, train_samples, validation, before_training, console, stage)
 
 
 def find_resume(folder: Path, settings: TrainSettings, fresh: bool) -> Path | None:
@@ -200,14 +242,33 @@ def find_resume(folder: Path, settings: TrainSettings, fresh: bool) -> Path | No
         raise ConfigError(
             f"{str(folder)!r} holds a finished run; choose another name=..., or add --fresh to replace it"
         )
-    earlier, now = json.loads(record.read_text()), json.loads(json.dumps(to_dict(settings)))
+    earlier, now = comparable(json.loads(record.read_text()), json.loads(json.dumps(to_dict(settings))))
     if earlier != now:
         raise ConfigError(
             f"{str(folder)!r} holds an interrupted run with another {_first_difference(earlier, now)}; use its "
             "settings to go on, another name=..., or --fresh to start over"
         )
+    return last_checkpoint(folder)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest whole checkpoint of a run."""
     checkpoints = sorted(p for p in (folder / "checkpoints").glob("step-*") if (p / "resume.ckpt").is_file())
     return checkpoints[-1] if checkpoints else None
+
+
+def comparable(earlier: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two runs' settings, less what may differ when one goes on with the other's checkpoint: how the samples of a step
+    are dealt out to devices, as long as there are as many, and how long one waits for data or for others."""
+
+    def samples_of_step(settings: dict[str, Any]) -> int:
+        return math.prod(settings["trainer"].get(key, 1) for key in PLACEMENT)
+
+    same_step = samples_of_step(earlier) == samples_of_step(now)
+    free = {*WAITING, *(("strategy", *PLACEMENT) if same_step else ())}
+    for settings in (earlier, now):
+        settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in free}
+    return earlier, now
 
 
 def finished_run(settings: TrainSettings) -> Run | None:
@@ -231,16 +292,40 @@ def _first_difference(a: Any, b: Any, where: str = "") -> str:
     return f"{where} ({a!r}, now {b!r})"
 
 
-def load_data(settings: DataSettings, seed: int) -> tuple[list[Sample], list[Sample], LoadReport]:
-    """Training and validation samples, no picture in both.
+def load_samples(settings: DataSettings) -> tuple[list[Sample], LoadReport]:
+    """What the sources give and the filters let pass, and why the rest was left out.
 
     Raises:
         ConfigError: nothing usable was found.
     """
-    options = {key: value for key, value in settings.train.items() if key != "format"}
-    samples, report = sources.load(settings.train["format"], limit=settings.limit, **options)
+    samples, report = mixture.read(settings.train, settings.limit)
+    if settings.filters:
+        from eyespot.data import filters
+
+        samples = filters.apply(build_parts(FILTERS, settings.filters, "data.filters"), samples, report)
     if not samples:
         raise ConfigError(f"no usable training sample; {report.summary()}")
+    return samples, report
+
+
+def load_data(settings: DataSettings, seed: int) -> tuple[Sequence[Sample], Sequence[Sample], LoadReport]:
+    """Training and validation samples, no picture in both; filters have been over them before.
+
+    Raises:
+        ConfigError: nothing usable was found.
+    """
+    if settings.streaming:
+        from eyespot.data.streaming import stored
+
+        return stored(settings, seed)
+    samples, report = load_samples(settings)
+    if "" not in sources_of(settings.train):
+        random.Random(seed).shuffle(samples)  # or the first part of the validation would be from one source
+    if settings.validation is not None:
+        options = {key: value for key, value in settings.validation.items() if key != "format"}
+        held_out, _ = sources.load(settings.validation["format"], **options)
+        sources.check_disjoint(samples, held_out)
+        return samples, held_out, report
     if settings.validation_share == 0:
         return samples, [], report
     train_samples, validation = sources.split_by_image(samples, settings.validation_share, seed, report)
@@ -251,31 +336,53 @@ def load_data(settings: DataSettings, seed: int) -> tuple[list[Sample], list[Sam
     return train_samples, validation, report
 
 
+def make_augmenter(settings: DataSettings) -> Augmenter | None:
+    """What ``data.augment`` does to training samples; None if it is empty."""
+    if not settings.augment:
+        return None
+    from eyespot.data.augmenter import Augmenter
+
+    return Augmenter(build_parts(AUGMENTATIONS, settings.augment, "data.augment"))
+
+
 def with_tokenizer(settings: ModelSettings, samples: Sequence[Sample]) -> ModelSettings:
-    """The settings with a tokenizer "bpe:SIZE" learned from the texts of the samples, kept in the cache by content.
+    """The settings with every tokenizer "bpe:SIZE" learned from the texts of the samples.
 
     Raises:
         ConfigError: SIZE is no number, or too small.
     """
-    name = settings.language.tokenizer or ""
-    if not name.startswith("bpe:"):
-        return settings
-    texts = [
-        part["text"]
-        for sample in samples
-        for message in sample.messages
-        for part in message["content"]
-        if part["type"] == "text"
-    ] + [caption for sample in samples for caption in sample.captions]
-    digest = hashlib.sha256("\0".join([name, *texts]).encode()).hexdigest()
-    folder = default_cache() / "tokenizers" / digest[:16]
+    if (name := settings.language.tokenizer or "").startswith("bpe:"):
+        tokenizer = learned_tokenizer(name, samples, "model.language.tokenizer")
+        settings = replace(settings, language=replace(settings.language, tokenizer=tokenizer))
+    alignment = settings.alignment
+    if alignment is not None and (name := alignment.tokenizer or "").startswith("bpe:"):
+        tokenizer = learned_tokenizer(name, samples, "model.alignment.tokenizer")
+        settings = replace(settings, alignment=replace(alignment, tokenizer=tokenizer))
+    return settings
+
+
+def learned_tokenizer(name: str, samples: Sequence[Sample], key: str) -> str:
+    """The folder of a tokenizer "bpe:SIZE", kept in the cache by content; ``key`` is for messages."""
+    digest = hashlib.sha256(name.encode())
+    for text in texts_of(samples):
+        digest.update(b"\0" + text.encode())
+    folder = default_cache() / "tokenizers" / digest.hexdigest()[:16]
     if not folder.is_dir():
         try:
-            tokenizer = bpe_tokenizer(texts, int(name.removeprefix("bpe:")))
+            tokenizer = bpe_tokenizer(texts_of(samples), int(name.removeprefix("bpe:")))
         except ValueError as error:
-            raise ConfigError(f"model.language.tokenizer {name!r}: {error}") from error
+            raise ConfigError(f"{key} {name!r}: {error}") from error
         make_folder(folder, tokenizer.save_pretrained)
-    return replace(settings, language=replace(settings.language, tokenizer=str(folder)))
+    return str(folder)
+
+
+def texts_of(samples: Iterable[Sample]) -> Iterator[str]:
+    """Everything that is said, one by one: there may be too much for the memory."""
+    for sample in samples:
+        for message in sample.messages:
+            yield from (part["text"] for part in message["content"] if part["type"] == "text")
+    for sample in samples:
+        yield from sample.captions
 
 
 def precision_of(settings: TrainerSettings, device: torch.device) -> str:
@@ -296,26 +403,32 @@ def _fit(
     settings: TrainSettings,
     folder: Path,
     resume: Path | None,
-    train_samples: list[Sample],
-    validation: list[Sample],
+    train_samples: Sequence[Sample],
+    validation: Sequence[Sample],
     before_training: BeforeTraining | None,
     console: Console,
+    stage: Stage | None,
 ) -> Run:
     import lightning
 
     from eyespot.data.collate import Collator
     from eyespot.data.datamodule import VLMDataModule
+    from eyespot.data.pairs import PairCollator
+    from eyespot.training.align_module import AlignModule
     from eyespot.training.callbacks import Checkpoints, Reporter, SampleAnswers
     from eyespot.training.checkpoint import CheckpointWriter
     from eyespot.training.module import VLMModule
+    from eyespot.training.processes import SameStart, cluster, is_first_process, strategy_of
 
     trainer_settings = settings.trainer
     device = choose_device(trainer_settings.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     lightning.seed_everything(trainer_settings.seed, verbose=False)
-    model_settings = with_tokenizer(settings.model, train_samples)
+    model_settings = with_tokenizer(settings.model, train_samples) if stage is None else stage.model
     model, processor = build_from_settings(model_settings)
+    if stage is not None:
+        stage.prepare(model)
     if trainer_settings.gradient_checkpointing:
         # transformers 5.23 renamed it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -323,8 +436,12 @@ def _fit(
         compile_layers(model)
     row_length = settings.data.row_length if settings.data.packing else None
     collator = Collator(processor, trainer_settings.accumulate, settings.data.max_length, row_length)
-    if resume is None and model_settings.connector.calibrate:
+    if resume is None and model_settings.connector.calibrate and (stage is None or stage.calibrates):
         calibrate(model, collator([train_samples[:CALIBRATION_SAMPLES]]).batches, console)
+    pair_losses = {} if stage is None else stage.losses
+    if pair_losses:
+        has_text_side = processor.text_tokenizer is not None
+        collator = PairCollator(processor, rows=not has_text_side, max_length=settings.data.max_length)
     if resume is not None:
         load_trained(model, resume)
         model.config.image_scale = json.loads((resume / "config.json").read_text())["image_scale"]
@@ -335,41 +452,55 @@ def _fit(
         validation[: trainer_settings.validation_limit],
         collator,
         batch_size=trainer_settings.batch_size,
-        share=settings.data.share if settings.data.packing else 1,
+        share=settings.data.share if settings.data.packing and not pair_losses else 1,
         epochs=trainer_settings.epochs,
         seed=trainer_settings.seed,
         num_workers=num_workers_of(trainer_settings, device),
-        world=trainer_settings.devices,
+        world=trainer_settings.devices * trainer_settings.num_nodes,
+        weights=mixture.weights_of(settings.data.train),
+        augmenter=make_augmenter(settings.data),
     )
+    for line in data.train_units.augmentation():
+        console.print(f"augmentation: {line}", markup=False)
     num_steps = min(data.sampler.num_steps, trainer_settings.max_steps or data.sampler.num_steps)
     assistant = Assistant(model, processor, str(device))
     collator.features = cached_features(settings, assistant, data.pictures(num_steps), console)
     if resume is None and before_training is not None and is_first_process():
         before_training(assistant)
-        lightning.seed_everything(trainer_settings.seed, verbose=False)
+    # what is drawn from here on must not depend on what was drawn above, say because no features were cached yet
+    lightning.seed_everything(trainer_settings.seed, verbose=False)
     if is_first_process():
         processor.save_pretrained(folder / "processor")
     writer = CheckpointWriter(
-        folder / "checkpoints", model, model_settings, trainer_settings.seed, folder / "processor"
-    )
+        folder / "checkpoints", model, model_settings, trainer_settings.seed, folder / "processor",
+        None if stage is None else stage.train,
+        None if stage is None or not is_first_process() else stage.write_earlier(folder),
+    )  # fmt: skip
     reporter = Reporter(trainer_settings.log_every, console)
     checkpoints = Checkpoints(
         writer, trainer_settings.checkpoint_every, trainer_settings.keep_best, trainer_settings.patience
     )
-    shown = (validation or train_samples)[: trainer_settings.num_samples]
+    shown = [] if pair_losses else (validation or train_samples)[: trainer_settings.num_samples]
     answers = SampleAnswers(shown, assistant, trainer_settings.samples_every, folder / "samples.jsonl", console)
+    start = SameStart(
+        {
+            "settings": to_dict(settings), "checkpoint": resume and resume.name, "number of steps": num_steps,
+            "number of samples": len(train_samples),
+        }
+    )  # fmt: skip
     trainer = lightning.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=trainer_settings.devices,
-        # a device whose samples have no picture leaves the connector unused
-        strategy="ddp_find_unused_parameters_true" if trainer_settings.devices > 1 else "auto",
+        num_nodes=trainer_settings.num_nodes,
+        strategy=strategy_of(trainer_settings),
+        plugins=[cluster()],
         precision=precision_of(trainer_settings, device),  # type: ignore[arg-type]
         max_epochs=1,
         max_steps=num_steps,
         val_check_interval=min(trainer_settings.validate_every, num_steps),
         limit_val_batches=1.0 if validation else 0,
         num_sanity_val_steps=0,
-        callbacks=[reporter, answers, checkpoints],
+        callbacks=[start, reporter, answers, checkpoints],
         logger=_loggers(settings, folder),
         log_every_n_steps=1,
         enable_progress_bar=False,
@@ -379,23 +510,51 @@ def _fit(
         use_distributed_sampler=False,
     )
     module = VLMModule(model, trainer_settings, num_steps)
+    if pair_losses:
+        module = AlignModule(model, trainer_settings, num_steps, pair_losses)
     if resume is not None:
         module.last_good = str(resume)
     model.train()
-    trainer.fit(module, data, ckpt_path=None if resume is None else resume / "resume.ckpt", weights_only=True)
-    finished = checkpoints.stopped_by is None
+    with naming_lost_processes(trainer, module):
+        trainer.fit(module, data, ckpt_path=None if resume is None else resume / "resume.ckpt", weights_only=True)
+        finished = checkpoints.stopped_by is None
+        if finished:
+            checkpoints.save(trainer, module)
+    if trainer_settings.strategy == "fsdp" and trainer.is_global_zero:
+        model, processor = load_checkpoint(Path(module.last_good))  # the model that was trained is in pieces
     if finished:
-        checkpoints.save(trainer, module)
         record = {
             "settings": to_dict(settings), "steps": trainer.global_step, "samples": reporter.samples_seen,
             "seconds": reporter.seconds, "curve": reporter.curve, "validation": reporter.validation,
         }  # fmt: skip
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and stage is None:
             save_whole(model, processor, folder / "model", record)
+        elif trainer.is_global_zero and stage is not None:
+            held_out = validation[: trainer_settings.validation_limit]
+            stage.finish(folder, record, Assistant(model, processor, str(device)), held_out)
     return Run(
         folder, settings, finished, trainer.global_step, reporter.samples_seen, reporter.seconds, reporter.curve,
         reporter.validation, checkpoints.stopped_by, Assistant(model, processor, str(device)),
     )  # fmt: skip
+
+
+@contextmanager
+def naming_lost_processes(trainer: Any, module: Any) -> Iterator[None]:
+    """Errors inside that come from another process's end become a ProcessLost that says whose, and how to go on."""
+    from eyespot.training.module import ProcessLost, TrainingStopped
+    from eyespot.training.processes import lost_process
+
+    try:
+        yield
+    except TrainingStopped:
+        raise
+    except RuntimeError as error:
+        if (lost := lost_process(trainer.strategy, error)) is None:
+            raise
+        raise ProcessLost(
+            f"{lost}; stopped at step {trainer.global_step}; last good checkpoint: {module.last_good}; the same "
+            "command goes on from there"
+        ) from error
 
 
 def calibrate(model: Any, batches: list[dict[str, torch.Tensor]], console: Console) -> None:
@@ -418,11 +577,14 @@ def cached_features(
     settings: TrainSettings, assistant: Assistant, pictures: Iterable[ImageSource], console: Console
 ) -> FeatureStore | None:
     """The features of the pictures on disk, computed where they were missing; None if the encoder learns, the settings
-    say no, or they do not fit (which is said)."""
+    say no, pictures are augmented or features do not fit (which is said)."""
     from eyespot.data.features import CacheFull, FeatureStore, describe, encoder_key, features_root, fill
 
     model, processor = assistant.model, assistant.processor
     if not settings.data.cache_features or any(p.requires_grad for p in model.vision.parameters()):
+        return None
+    if settings.data.augment:
+        console.print("every step encodes its pictures, because data.augment changes them from visit to visit")
         return None
     precision = precision_of(settings.trainer, assistant.device)
     store = FeatureStore(features_root() / encoder_key(model, processor, f"{precision} {assistant.device.type}"))
@@ -437,10 +599,12 @@ def cached_features(
     describe(store.folder, model)
     started = time.perf_counter()
     try:
-        done = fill(
-            store, pictures, processor, encode, limit_bytes=settings.data.cache_gb * 1e9,
-            num_workers=num_workers_of(settings.trainer, assistant.device), console=console,
-        )  # fmt: skip
+        with one_at_a_time(store.folder):  # the other processes wait, and find what the first one encoded
+            store.refresh()
+            done = fill(
+                store, pictures, processor, encode, limit_bytes=settings.data.cache_gb * 1e9,
+                num_workers=num_workers_of(settings.trainer, assistant.device), console=console,
+            )  # fmt: skip
     except CacheFull as error:
         console.print(f"every step encodes its pictures: {error}", markup=False)
         return None
@@ -454,8 +618,13 @@ def fill_features(settings: TrainSettings, console: Console) -> None:
     """Encode all pictures of a run beforehand, so that training and its repetitions find them.
 
     Raises:
-        ConfigError: the encoder of the recipe learns, or the cache is switched off.
+        ConfigError: the encoder of the recipe learns, pictures are augmented, or the cache is switched off.
     """
+    if settings.data.augment:
+        raise ConfigError(
+            f"data.augment is {settings.data.augment}, so no picture is seen twice alike; only features of pictures "
+            "that stay can be kept, with data.augment={}"
+        )
     if settings.model.vision.train != "frozen" or not settings.data.cache_features:
         raise ConfigError(
             f"model.vision.train is {settings.model.vision.train!r} and data.cache_features is "

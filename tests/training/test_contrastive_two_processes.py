@@ -1,0 +1,66 @@
+"""Losses over pairs are those of the whole batch, whoever has its rows: two processes give the weights of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from drawn import draw_captions
+from eyespot.training.run import compose_settings, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+RATES = "trainer.lr={vision: 2e-3, connector: 2e-3, language: 2e-3, alignment: 2e-3}"
+COMMON = ["recipe=smoke", "data.test=null", "data.limit=null", "data.validation_share=0.2", "evaluation.run=false",
+          "trainer.checkpoint_every=2", "trainer.eps=1e-2", "trainer.max_steps=3", RATES]  # fmt: skip
+QFORMER = [
+    "connector=qformer",
+    "model.connector.args={num_queries: 4, hidden_dim: 32, depth: 2, heads: 2, dropout: 0.0}",
+    "model.alignment={dim: 16, max_text: 24, tokenizer: byte}",
+]
+LANGUAGE = ["model.alignment={dim: 16, max_text: 24}"]
+ALL = "losses: {contrastive: 1.0, sigmoid: 0.1, matching: 1.0, caption: 1.0}"
+
+
+def stages(language: str) -> str:
+    return (
+        "stages=[{name: joint, kind: joint, train: {vision: full, connector: full, alignment: full, "
+        f"language: {language}}}, {ALL}}}, {{name: align, kind: align, train: {{connector: full}}}}]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "language"), [pytest.param(QFORMER, "frozen", id="qformer"), pytest.param(LANGUAGE, "full", id="language")]
+)
+def test_two_processes_give_the_weights_of_one(tmp_path: Path, side: list[str], language: str) -> None:
+    """Negatives are drawn from all rows, some rows repeat pictures or words, and one picture is broken, so that the
+    processes have unequal numbers of rows."""
+    file = draw_captions(tmp_path / "drawn")
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines, lines[0], lines[1]]) + "\n")
+    source = f"data.train={{format: captions, path: {file}}}"
+    common = [*COMMON, source, *side, stages(language), f"output_dir={tmp_path}"]
+    with Path(os.devnull).open("w") as nowhere:
+        # split_by_image needs pictures that open; what breaks later is found by the collator
+        one = train(compose_settings([*common, "name=one", "trainer.batch_size=8"]), console=Console(file=nowhere))
+    command = [sys.executable, "-W", "ignore", "-m", "eyespot", "train", *common, "name=two", "trainer.batch_size=4",
+               "trainer.devices=2", "trainer.device=cpu"]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    two = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    for name, tensor in load_file(one.model_folder / "model.safetensors").items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    records = [json.loads((tmp_path / name / "model" / "training.json").read_text())["stages"] for name in ("one", "two")]
+    for ours, theirs in zip(*records, strict=True):
+        assert [loss for _, loss in ours["curve"]] == pytest.approx([loss for _, loss in theirs["curve"]], rel=1e-4)
+        assert ours["samples"] == theirs["samples"]
+    assert done.stderr.count("stage 2 of 2") == 1
