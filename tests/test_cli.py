@@ -184,7 +184,7 @@ WRONG = {
     "pickle": (["ask", "model.pt", "q"], "pickle"),
     "pickle folder": (["ask", "pickled", "q"], "safetensors"),
     "not a model": (["ask", "empty", "q"], "config.json"),
-    "no recipe": (["train", "trainer.seed=1"], "no recipe was given; add recipe=NAME with one of: quickstart"),
+    "no recipe": (["train", "trainer.seed=1"], "no recipe was given; add recipe=NAME with one of: gemma270m_llava"),
     "unknown recipe": (["train", "recipe=quikstart"], "did you mean 'quickstart'?"),
     "unknown key": (["train", "recipe=smoke", "trainer.batchsize=3"], "did you mean 'batch_size'?"),
     "unknown part": (["train", "recipe=smoke", "model.vision.name=vitt"], "did you mean 'vit'?"),

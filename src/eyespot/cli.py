@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     caption.add_argument("--out", required=True, metavar="FILE", help="JSON lines; pictures already in it are skipped")
     caption.add_argument("--prompt", default="", help="words beside the picture")
     caption.add_argument("--batch-size", type=int, default=16)
+    _add_ray(caption)
     _add_generation(caption)
 
     evaluate = verbs.add_parser("evaluate", help="score a model beside its blind and shuffled-picture controls")
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, help="a random choice of so many questions")
     evaluate.add_argument("--batch-size", type=int, default=64)
     evaluate.add_argument("--max-new-tokens", type=int, default=16)
+    _add_ray(evaluate)
     _add_device(evaluate)
 
     inspect = verbs.add_parser("inspect", help="look at data, a batch or a model before training")
@@ -103,7 +105,12 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument(
         "target", nargs="*", metavar="ENCODER or key=value", help="clear: one encoder; fill: recipe=NAME and settings"
     )
+    _add_ray(cache)
     return top
+
+
+def _add_ray(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--ray", type=int, metavar="N", help="N workers on Ray: the cluster of RAY_ADDRESS, or here")
 
 
 def _add_generation(verb: argparse.ArgumentParser) -> None:
@@ -301,12 +308,16 @@ def _stdin_bytes() -> bytes:
 
 def caption(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Describe a folder of pictures."""
-    from eyespot.evaluation.caption import caption_folder
+    folder, out = Path(options.folder), Path(options.out)
+    how = {"prompt": options.prompt, "batch_size": options.batch_size, **_generation(options)}
+    if options.ray is None:
+        from eyespot.evaluation.caption import caption_folder
 
-    done, failed = caption_folder(
-        _assistant(options), Path(options.folder), Path(options.out), prompt=options.prompt,
-        batch_size=options.batch_size, **_generation(options),
-    )  # fmt: skip
+        done, failed = caption_folder(_assistant(options), folder, out, **how)
+    else:
+        from eyespot.ray_jobs import caption_with_ray
+
+        done, failed = caption_with_ray(_model(options), folder, out, options.ray, **how)
     print(f"{done} captions and {failed} unreadable pictures written to {options.out}")
     return 0
 
@@ -320,12 +331,15 @@ def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     source = source_of(options.model, options.data)
     samples = load_test(source, options.limit)
-    assistant = load(options.model, options.device, options.dtype, options.adapter)
-    with assistant.folded():
-        evaluation = run_evaluation(
-            assistant, samples, name=str(options.model), batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-        )  # fmt: skip
+    how = {"name": str(options.model), "batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
+    if options.ray is None:
+        assistant = load(*_model(options))
+        with assistant.folded():
+            evaluation = run_evaluation(assistant, samples, **how)
+    else:
+        from eyespot.ray_jobs import evaluate_with_ray
+
+        evaluation = evaluate_with_ray(_model(options), samples, options.ray, **how)
     print_evaluation(evaluation)
     if options.out:
         folder = Path(options.out)
@@ -391,17 +405,30 @@ def cache(options: argparse.Namespace, words: Sequence[str]) -> int:
     from eyespot.data import features
 
     root = features.features_root()
+    if options.ray is not None and options.what != "fill":
+        raise ValueError(f"--ray is for fill, {options.what} was asked for; leave it out")
     if options.what == "clear":
         if len(options.target) > 1:
             raise ValueError(f"clear takes one encoder or none for all, {len(options.target)} were given")
-        print(f"{features.clear(root, *options.target) / 1e6:,.1f} MB freed")
+        freed = features.clear(root, *options.target)
+        if not options.target:
+            from eyespot.data import streaming
+
+            freed += streaming.clear()
+        print(f"{freed / 1e6:,.1f} MB freed")
         return 0
     if options.what == "fill":
         from rich.console import Console
 
         from eyespot.training.run import compose_settings, fill_features
 
-        fill_features(compose_settings(options.target), Console(stderr=True))
+        settings, console = compose_settings(options.target), Console(stderr=True)
+        if options.ray is None:
+            fill_features(settings, console)
+        else:
+            from eyespot.ray_jobs import fill_with_ray
+
+            fill_with_ray(settings, options.ray, console)
     elif options.target:
         raise ValueError(f"show takes nothing more, {options.target[0]!r} was given")
     print_features(root)
@@ -444,7 +471,12 @@ def _assistant(options: argparse.Namespace) -> Any:
         import torch
 
         torch.manual_seed(options.seed)
-    return load(options.model, options.device, options.dtype, options.adapter)
+    return load(*_model(options))
+
+
+def _model(options: argparse.Namespace) -> tuple[Any, ...]:
+    """The arguments of ``eyespot.load``."""
+    return options.model, options.device, options.dtype, options.adapter
 
 
 def _generation(options: argparse.Namespace) -> dict[str, Any]:

@@ -574,11 +574,11 @@ def check_stage(settings: TrainSettings, number: int) -> None:
     if stage.kind == "align" and modes != to_dict(StageModes(connector="full")):
         raise ConfigError(f"train is {modes}, but align trains the connector only; use kind instruct or caption")
     own = stage_settings(settings, number)
-    check_run(own)
     if stage.kind in PAIR_LOSSES:
         check_pair_stage(own, modes)
     elif modes["alignment"] != "frozen":
         raise ConfigError(f"train.alignment is full, but kind {stage.kind!r} compares no pairs; leave it frozen")
+    check_run(own)
 
 
 def stage_losses(stage: StageSettings) -> dict[str, float]:
@@ -624,7 +624,7 @@ def check_pair_stage(settings: TrainSettings, modes: Mapping[str, str]) -> None:
     if trainer.accumulate > 1:
         raise ConfigError(
             f"trainer.accumulate is {trainer.accumulate}, but pairs of different micro-batches are never compared; use "
-            "1 (more pairs fit with gradient_checkpointing, more devices or a frozen vision encoder)"
+            "1 (more pairs fit with precision=bf16, a frozen vision encoder or more devices)"
         )
     if trainer.strategy == "fsdp":
         raise ConfigError("trainer.strategy is fsdp, but pairs are compared by whole models; use ddp")

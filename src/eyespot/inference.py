@@ -222,9 +222,7 @@ def _num_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def load(
-    path: str | Path, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
-) -> Assistant:
+def load(path: str | Path, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None) -> Assistant:
     """A trained model, ready to be asked.
 
     Args:

@@ -50,11 +50,11 @@ def test_a_pair_is_one_picture_and_what_is_said_about_it(samples: list[Sample]) 
     pairs, reasons = find_pairs([two_turns, samples[0], two_pictures, empty])
     assert pairs == [samples[0]]
     assert [reason.split(";")[0] for reason in reasons] == [
-        "sample 'turns' has 1 pictures and 2 answers",
-        "sample 'pictures' has 2 pictures and 1 answers",
+        "sample 'turns' has not one picture and one answer but 1 and 2",
+        "sample 'pictures' has not one picture and one answer but 2 and 1",
         "sample 'empty' has an empty text",
     ]
-    with pytest.raises(NoPair, match="a pair is one of each, as format captions gives"):
+    with pytest.raises(NoPair, match="not one picture and one answer but 2 and 1; format captions gives such pairs"):
         pair_of(two_pictures)
 
 

@@ -1,4 +1,4 @@
-"""A stream is drawn from like samples in memory: the same ones at every step, by any number of processes and workers."""
+"""A stream is drawn from like samples in memory: the same at every step, by any number of processes and workers."""
 
 from __future__ import annotations
 
@@ -200,7 +200,8 @@ def test_interrupted_at_any_step_every_sample_comes_as_it_would_have(tmp_path: P
     for step in (1, 4, len(whole) - 1):
         assert whole[:step] + ids_by_step(store, step, world, workers) == whole
     one = ids_by_step(store, 0, 1, 0)
-    assert [sorted(sum(step, [])) for step in whole] == [sorted(step[0]) for step in one], "dealt out, not drawn anew"
+    dealt = [sorted(id for ids in step for id in ids) for step in whole]
+    assert dealt == [sorted(step[0]) for step in one], "dealt out, not drawn anew"
     seen = Counter(id for step in whole for ids in step for id in ids)
     assert len(seen) == 40 and set(seen.values()) <= {2, 3} and sum(seen.values()) == pytest.approx(100, abs=3)
 
@@ -211,7 +212,7 @@ def test_a_window_that_cannot_be_divided_loses_nothing() -> None:
     assert sorted(index for windows in ranks for window in windows for _, index in window) == list(range(11))
 
 
-def test_a_million_samples_take_the_memory_of_a_few_numbers(tmp_path: Path) -> None:
+def test_memory_holds_a_few_numbers_for_each_sample(tmp_path: Path) -> None:
     script = f"""
 import json, resource, sys
 from pathlib import Path

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from tiny import randomise
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {"name": "vit", "args": {"image_size": 16, "patch_size": 8, **SIZES}}
 GPT = {"name": "gpt", "args": {"max_position_embeddings": 64, **SIZES}}
-SIDES = {
+SIDES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qformer": (
         {"name": "qformer", "args": {"num_queries": 3, "hidden_dim": 16, "depth": 2, "heads": 2, "dropout": 0.0}},
         {"dim": 8, "max_text": 24, "tokenizer": "byte"},
@@ -152,6 +153,17 @@ def test_a_saved_model_gives_the_same_numbers(
     assert plain["text_to_image"]["recall@1"]["chance"] == pytest.approx((20 * 1 + 4 * 2) / 24 / 14)
 
 
+def test_bfloat16_blurs_but_does_not_break(made: tuple[VLM, Processor], samples: list[Sample], tmp_path: Path) -> None:
+    eyespot.save(*made, tmp_path)
+    gallery = gallery_of(samples)
+    exact, blurred = (eyespot.load(tmp_path, "cpu", dtype) for dtype in ("float32", "bfloat16"))
+    assert blurred.model.compute_dtype == torch.bfloat16 and blurred.model.alignment is not None
+    assert blurred.model.alignment.match.weight.dtype == torch.float32
+    difference = np.abs(similarities(exact, gallery, 32) - similarities(blurred, gallery, 32)).max()
+    assert 0 < difference < 0.1
+    assert evaluate_retrieval(blurred, samples, rerank=2).num_texts == 24
+
+
 def test_reranking_by_a_head_that_knows_finds_what_is_among_the_candidates(
     made: tuple[VLM, Processor], samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +183,7 @@ def test_reranking_by_a_head_that_knows_finds_what_is_among_the_candidates(
 def test_what_cannot_be_measured_is_said(made: tuple[VLM, Processor], samples: list[Sample]) -> None:
     with pytest.raises(ValueError, match="rerank is -1"):
         evaluate_retrieval(Assistant(*made, "cpu"), samples, rerank=-1)
-    with pytest.raises(ValueError, match="a pair is one of each"):
+    with pytest.raises(ValueError, match="not one picture and one answer"):
         evaluate_retrieval(Assistant(*made, "cpu"), [Sample.question("q", (b"a", b"b"), "?", "!")])
     plain, processor = eyespot.build(VISION, {"name": "mlp"}, GPT)
     with pytest.raises(ValueError, match="no alignment head"):

@@ -32,7 +32,7 @@ LORA = {"r": 2, "alpha": 4, "targets": "attention"}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {"name": "vit", "args": {"image_size": 16, "patch_size": 8, **SIZES}}
 QFORMER = {"name": "qformer", "args": {"num_queries": 3, "hidden_dim": 16, "depth": 2, "heads": 2, "dropout": 0.0}}
-SIDES = {
+SIDES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qformer": (QFORMER, {"dim": 8, "max_text": 12, "tokenizer": "byte"}),
     "language": ({"name": "mlp"}, {"dim": 8, "max_text": 12}),
 }

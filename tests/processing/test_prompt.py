@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
@@ -421,11 +422,73 @@ def test_apply_chat_template_shows_the_text() -> None:
         CHATML_BYTES.apply_chat_template(talk("q"), tokenize=True)
 
 
+PICTURE = PIL.Image.new("RGB", (16, 16), "red")
+
+
+def shown(question: str, answer: str | None = None) -> Messages:
+    """A conversation that carries its picture."""
+    messages = talk(question, answer)
+    messages[0]["content"][0] = {"type": "image", "image": PICTURE}
+    return messages
+
+
+@pytest.mark.parametrize("mode", ["placeholder", "prefix"])
+@pytest.mark.parametrize("style", list(STYLES))
+def test_text_and_tensors_of_transformers_names_are_our_rows(style: str, mode: str) -> None:
+    processor = make_processor(style, image_mode=mode)
+    asked, answered = shown("How many?"), shown("How many?", "two")
+    prompt, row = processor.encode_prompt(asked), processor.encode_conversation(answered)
+    for messages, expected in ((asked, prompt), (answered, row)):
+        written = processor.apply_chat_template(messages, add_generation_prompt=messages is asked)
+        for specials in (True, False):
+            batch = processor([PICTURE], written, add_special_tokens=specials)
+            assert batch["input_ids"].tolist() == [expected.input_ids] and len(batch["pixel_values"]) == 1
+    ready = processor.apply_chat_template([asked], tokenize=True, return_tensors="pt")
+    assert ready["input_ids"].tolist() == [prompt.input_ids] and ready["pixel_values"].shape == (1, 3, 16, 16)
+    whole = processor.apply_chat_template(
+        [answered], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert whole["input_ids"] == [row.input_ids]
+    assert whole["assistant_masks"] == [[int(label != -100) for label in row.labels]]
+
+
+def test_conversations_are_padded_and_cut_as_asked() -> None:
+    rows = [shown("How many?", "two"), shown("And now, how many?", "a dozen")]
+    options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": 47}
+    batch = CHATML_BYTES.apply_chat_template(
+        rows, tokenize=True, return_tensors="pt", return_assistant_tokens_mask=True, processor_kwargs=options
+    )
+    assert batch["input_ids"].shape == (2, 47) and batch["attention_mask"][0, -1] == 0
+    assert ((batch["assistant_masks"] == 1) & (batch["attention_mask"] == 0)).sum() == 0
+    left = CHATML_BYTES(text=["a", "abc"], truncation=True, max_length=2)
+    assert left["attention_mask"].tolist() == [[0, 1], [1, 1]]
+    with pytest.raises(PromptError, match="with a picture beyond max_length=2"):
+        CHATML_BYTES([PICTURE], "<image>", truncation=True, max_length=2)
+
+
+def test_another_template_for_once() -> None:
+    asked, own = shown("q"), CHATML_BYTES.chat_template
+    told = CHATML_BYTES.apply_chat_template(asked, chat_template=STYLES["plain"].template, add_generation_prompt=True)
+    assert told == "<image>\nHuman: q\nAssistant:" and CHATML_BYTES.chat_template == own
+    assert CHATML_BYTES.apply_chat_template(asked, add_generation_prompt=True).startswith("<|im_start|>")
+
+
+def test_a_loss_on_placeholders_is_refused() -> None:
+    with pytest.raises(PromptError, match="needs return_assistant_tokens_mask=True"):
+        CHATML_BYTES.apply_chat_template([shown("q", "a")], tokenize=True)
+    without = CHATML_BYTES.apply_chat_template(talk("q", "a", num_images=0), tokenize=True)
+    assert "assistant_masks" not in without and len(without["input_ids"]) == 1
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="image_mode is 'middle'"):
         make_processor("plain", image_mode="middle")
     with pytest.raises(ValueError, match="unknown argument 'truncate'"):
         CHATML_BYTES(text="a", truncate=True)
+    with pytest.raises(ValueError, match="return_tensors is 'np', but Processor always gives padded tensors"):
+        CHATML_BYTES(text="a", return_tensors="np")
+    with pytest.raises(ValueError, match="apply_chat_template cannot use 'tools'"):
+        CHATML_BYTES.apply_chat_template(talk("q"), tools=[{"name": "f"}])
 
 
 def test_rows_know_how_much_they_teach() -> None:

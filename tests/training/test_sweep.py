@@ -43,8 +43,8 @@ def sweep(folder: Path, *space: str, trials: int, **options: Any) -> sweeps.Swee
         ("trainer.batch_size=choice(4, 8)", Choice(["4", "8"])),
         ("connector=linear,mlp", Choice(["linear", "mlp"])),
         ("data.packing=true,false", Choice(["true", "false"])),
-        ("trainer.patience=choice(null, 3)", Choice(["null", "3"])),
-        ("name=choice('a b', c)", Choice(["'a b'", "c"])),
+        ("trainer.patience=null,3", Choice(["null", "3"])),
+        ("name='a b',c", Choice(["'a b'", "c"])),
     ],
 )
 def test_hydras_notation(override: str, expected: Any) -> None:

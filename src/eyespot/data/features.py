@@ -219,7 +219,7 @@ def fill(
     Raises:
         CacheFull: the features need more than the limit or the disk has; nothing was written.
     """
-    missing = [(digest, picture) for digest, picture in _distinct(pictures) if digest not in store._places]
+    missing = missing_from(store, pictures)
     if not missing:
         return 0
     loader: DataLoader[Any] = DataLoader(
@@ -249,6 +249,11 @@ def fill(
     finally:
         segment.flush()
     return done
+
+
+def missing_from(store: FeatureStore, pictures: Iterable[ImageSource]) -> list[tuple[bytes, ImageSource]]:
+    """Digests and pictures that the store does not hold, each once, in order."""
+    return [(digest, picture) for digest, picture in _distinct(pictures) if digest not in store._places]
 
 
 def _distinct(pictures: Iterable[ImageSource]) -> Iterable[tuple[bytes, ImageSource]]:

@@ -88,7 +88,8 @@ def pair_of(sample: Sample) -> tuple[ImageSource, str]:
     answers = [message for message in sample.messages if message["role"] == "assistant"]
     if len(sample.images) != 1 or len(answers) != 1:
         raise NoPair(
-            f"{len(sample.images)} pictures and {len(answers)} answers; a pair is one of each, as format captions gives"
+            f"not one picture and one answer but {len(sample.images)} and {len(answers)}; format captions gives "
+            "such pairs"
         )
     text = "".join(part["text"] for part in answers[0]["content"] if part["type"] == "text").strip()
     if not text:

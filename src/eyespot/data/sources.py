@@ -107,8 +107,8 @@ def check_disjoint(samples: Sequence[Sample], held_out: Sequence[Sample]) -> Non
     ]
     if both := sides[0] & sides[1]:
         raise ValueError(
-            f"{len(both)} of {len(sides[1])} validation pictures are also training pictures; give another set, or leave "
-            "it out and set validation_share"
+            f"{len(both)} of {len(sides[1])} validation pictures are also training pictures; give another set, or "
+            "validation_share alone"
         )
 
 

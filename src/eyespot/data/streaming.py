@@ -239,12 +239,13 @@ class Split:
     def __init__(self, settings: DataSettings, seed: int) -> None:
         self.settings, self.seed = settings, seed
         self._given: set[str] = set()
+        self._content = functools.lru_cache(maxsize=4096)(content_hash)  # questions about one picture stand together
 
     def given(self) -> Iterator[Sample]:
         """The samples of ``data.validation``; to be read before any side is asked for."""
         if self.settings.validation is not None:
             for sample in map(_lasting, mixture.interleaved(self.settings.validation, None, LoadReport())):
-                self._given.update(map(_content, sample.images))
+                self._given.update(map(self._content, sample.images))
                 yield sample
 
     def side(self, sample: Sample) -> str | Rejected:
@@ -256,7 +257,7 @@ class Split:
         if not self._given and self.settings.validation_share == 0:
             return "train"
         try:
-            contents = [_content(image) for image in sample.images]
+            contents = [self._content(image) for image in sample.images]
         except ImageError as error:
             return Rejected(sample.id, sources.UNREADABLE, str(error))
         if self.settings.validation is not None:
@@ -274,8 +275,3 @@ class Split:
     def _is_held_out(self, name: str) -> bool:
         drawn = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return int.from_bytes(drawn[:8], "big") < self.settings.validation_share * 2**64
-
-
-@functools.lru_cache(maxsize=4096)  # questions about one picture stand together
-def _content(image: ImageSource) -> str:
-    return content_hash(image)

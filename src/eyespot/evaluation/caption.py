@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ def caption_folder(
     Raises:
         ValueError: no such folder, no picture in it, or a batch size below 1.
     """
+
+    def describe(batches: Sequence[list[Path]]) -> Iterator[list[dict[str, str]]]:
+        return (caption_batch(assistant, folder, batch, prompt, generation) for batch in batches)
+
+    return write_captions(describe, folder, out, batch_size)
+
+
+def write_captions(
+    describe: Callable[[Sequence[list[Path]]], Iterable[list[dict[str, str]]]], folder: Path, out: Path, batch_size: int
+) -> tuple[int, int]:
+    """``caption_folder`` with whatever describes batches of pictures; it keeps their order."""
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be at least 1")
     if not folder.is_dir():
@@ -45,8 +57,8 @@ def caption_folder(
         console=console, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task("", total=len(pictures), completed=len(pictures) - len(todo))
-        for start in range(0, len(todo), batch_size):
-            for row in _caption_batch(assistant, folder, todo[start : start + batch_size], prompt, generation):
+        for rows in describe([todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]):
+            for row in rows:
                 counts["error" in row] += 1
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 bar.advance(task)
@@ -75,9 +87,10 @@ def written(out: Path) -> set[str]:
     return names
 
 
-def _caption_batch(
+def caption_batch(
     assistant: Assistant, folder: Path, paths: list[Path], prompt: str, generation: dict[str, Any]
 ) -> list[dict[str, str]]:
+    """The lines for some pictures."""
     rows: dict[Path, dict[str, str]] = {}
     readable = []
     for path in paths:

@@ -1,4 +1,4 @@
-"""What a run did, as three pictures in its folder: answers before and after, the loss, and where the encoder sees much."""
+"""What a run did, as pictures in its folder: answers before and after, the loss, and how long patch features are."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class Pictures:
         """
         assert run.assistant is not None
         run.assistant.forget()
-        before = json.loads((run.folder / BEFORE_FILE).read_text(encoding="utf-8"))
+        asked = run.folder / BEFORE_FILE
+        before = json.loads(asked.read_text(encoding="utf-8")) if asked.is_file() else ["(not asked)"] * len(self.shown)
         files = [run.folder / name for name in (LOSS_FILE, GRID_FILE, PATCHES_FILE)]
         draw_loss(run.curve, run.validation, files[0])
         if not self.shown:
@@ -109,12 +110,12 @@ def first_turn(sample: Sample) -> Shown:
 # --- drawing -----------------------------------------------------------------------------------------------------
 
 
-def _figure(*size: float) -> Any:
+def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures of a run need matplotlib; pip install "eyespot[pictures]"') from error
-    return Figure(figsize=size, dpi=110, layout="constrained")
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def draw_grid(shown: Sequence[Shown], before: Sequence[str], after: Sequence[str], file: Path) -> None:

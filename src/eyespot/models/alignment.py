@@ -43,19 +43,22 @@ class Alignment(nn.Module):
 
     def image_vectors(self, states: Tensor) -> Tensor:
         """float [n, Q, W] -> unit vectors float32 [n, Q, d]."""
-        return F.normalize(self.image_proj(states).float(), dim=-1)
+        return F.normalize(self.image_proj(self._in_own_dtype(states)).float(), dim=-1)
 
     def text_vectors(self, states: Tensor) -> Tensor:
         """float [n, W] -> unit vectors float32 [n, d]."""
-        return F.normalize(self.text_proj(states).float(), dim=-1)
+        return F.normalize(self.text_proj(self._in_own_dtype(states)).float(), dim=-1)
 
     def match_logits(self, states: Tensor) -> Tensor:
         """float [n, S, W] -> scores of "no match" and "match", float32 [n, 2]: of every state, averaged.
 
         Source: arXiv 2301.12597, section 3.1.
         """
-        logits: Tensor = self.match(states).float().mean(dim=1)
+        logits: Tensor = self.match(self._in_own_dtype(states)).float().mean(dim=1)
         return logits
+
+    def _in_own_dtype(self, states: Tensor) -> Tensor:
+        return states.to(self.match.weight.dtype)  # the head is float32, what it reads may be bfloat16
 
     @torch.no_grad()
     def limit_scale(self) -> None:
@@ -128,7 +131,8 @@ def sample_negatives(logits: Tensor, same: Tensor, draws: Tensor) -> tuple[Tenso
     Returns:
         Indices int64 [n] into the m rows, and bool [n]: whether there was anything to draw.
     """
-    chances = logits.detach().double().masked_fill(same, -math.inf).softmax(dim=1).nan_to_num(0.0)
-    sums = chances.cumsum(dim=1)
-    places = torch.searchsorted(sums, draws.double().unsqueeze(1) * sums[:, -1:], right=True).squeeze(1)
-    return places.clamp(max=same.shape[1] - 1), ~same.all(dim=1)
+    # float64, or the end of the draw could fall behind the last row that is allowed; not every device has it
+    masked = logits.detach().double().cpu().masked_fill(same.cpu(), -math.inf)
+    sums = masked.softmax(dim=1).nan_to_num(0.0).cumsum(dim=1)
+    places = torch.searchsorted(sums, draws.double().cpu().unsqueeze(1) * sums[:, -1:], right=True).squeeze(1)
+    return places.clamp(max=same.shape[1] - 1).to(same.device), ~same.all(dim=1)

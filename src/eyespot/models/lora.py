@@ -59,7 +59,7 @@ def merge_lora(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LoraLayer):
-                layer.merge()  # type: ignore[attr-defined]
+                layer.merge()
                 setattr(parent, name, layer.get_base_layer())
 
 

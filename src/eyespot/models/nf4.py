@@ -1,7 +1,7 @@
 """Frozen weights in four bits under adapters (QLoRA, arXiv 2305.14314), through bitsandbytes.
 
-A linear layer's weight is kept as 4-bit NormalFloat with a scale for each 64 values, the scales themselves in eight bits,
-and unpacked for every product: 0.52 bytes for a weight in place of 2.
+A linear layer's weight is kept as 4-bit NormalFloat with a scale for each 64 values, the scales themselves in eight
+bits, and unpacked for every product: 0.52 bytes for a weight in place of 2.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def unpacked_state_dict(module: nn.Module, dtype: torch.dtype = torch.bfloat16) 
     """The tensors of a module on the CPU, weights in four bits as the values that they stand for."""
     from bitsandbytes.functional import dequantize_4bit
 
-    packed = {name: p for name, p in module.named_parameters() if getattr(p, "quant_state", None) is not None}
+    parameters: dict[str, Any] = dict(module.named_parameters())
+    packed = {name: p for name, p in parameters.items() if getattr(p, "quant_state", None) is not None}
     tensors = {}
     for name, tensor in module.state_dict().items():
         if (parameter := packed.get(name)) is not None:

@@ -19,7 +19,10 @@ from transformers import (
     ViTConfig,
 )
 
-LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+# ViT-L: arXiv 2010.11929, table 1
+LARGE: dict[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+}  # fmt: skip
 
 PUBLISHED: dict[str, Callable[[], PreTrainedConfig]] = {
     "openai/clip-vit-large-patch14": lambda: CLIPVisionConfig(**LARGE, image_size=224, patch_size=14),
@@ -78,4 +81,5 @@ def published_config(source: str) -> PreTrainedConfig:
             f"the configuration of {source!r} cannot be read ({first}); give a folder, or one of: "
             f"{', '.join(PUBLISHED)}"
         ) from error
-    return getattr(config, "vision_config", config)
+    found: PreTrainedConfig = getattr(config, "vision_config", config)
+    return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -126,4 +127,4 @@ class LanguageSide:
 def last_states(hidden: Tensor, mask: Tensor) -> Tensor:
     """The state of the last real token: float [N, T, W], int64 [N, T] (padding on the right) -> float [N, W]."""
     last = mask.sum(dim=1) - 1
-    return hidden[range(len(hidden)), last]
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class VLMConfig(PreTrainedConfig):
 
     model_type = "eyespot_vlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    auto_map = {}  # no code beside the weights; TRL asks
+    auto_map: ClassVar[dict[str, str]] = {}  # no code beside the weights; TRL asks
 
     vision_config: Any = None
     text_config: Any = None
@@ -121,7 +121,7 @@ class VLM(PreTrainedModel, GenerationMixin):
     """A vision-language model as an ordinary model of transformers.
 
     ``vision``, ``connector`` and ``language`` may be handed in ready; left out, they are built from the configuration
-    (that is how ``from_pretrained`` does it). A fourth part, ``alignment``, is None unless the configuration asks for it.
+    (that is how ``from_pretrained`` does it). A fourth part, ``alignment``, is None unless the configuration names it.
     """
 
     config_class = VLMConfig
@@ -150,9 +150,11 @@ class VLM(PreTrainedModel, GenerationMixin):
             add_lora(getattr(self, part), settings)
         self.alignment = build_alignment(config.alignment, self.connector, self.language_dim)
         # transformers loads everything in one dtype but for the modules named here
-        self._keep_in_fp32_modules_strict = {rf"^{part}\." for part in config.float32_parts or []} | (
-            {r"\.lora_[AB]\."} if config.lora else set()
-        ) | ({r"^alignment\."} if config.alignment else set())
+        self._keep_in_fp32_modules_strict = (
+            {rf"^{part}\." for part in config.float32_parts or []}
+            | ({r"\.lora_[AB]\."} if config.lora else set())
+            | ({r"^alignment\."} if config.alignment else set())
+        )
         self.language_inputs = set(inspect.signature(self.language.base_model.forward).parameters)
         self.post_init()  # type: ignore[no-untyped-call]
 

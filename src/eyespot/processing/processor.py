@@ -350,9 +350,9 @@ class Processor(ProcessorMixin):
         ``url``.
 
         Returns:
-            Text with ``<image>`` marks, or one for each conversation. With ``tokenize=True`` the batch that ``generate``
-            takes, as tensors ("pt") or lists: the prompt, if the last turn is a user's or ``add_generation_prompt`` is
-            set, else the whole conversation as eyespot trains it. ``return_assistant_tokens_mask`` also takes the whole
+            Text with ``<image>`` marks, or one for each conversation. With ``tokenize=True`` what ``generate`` takes,
+            as tensors ("pt") or lists: the prompt, if the last turn is a user's or ``add_generation_prompt`` is set,
+            else the whole conversation as eyespot trains it. ``return_assistant_tokens_mask`` also takes the whole
             conversation and marks in ``assistant_masks`` int64 [B, T] what is learned.
 
         Raises:
@@ -360,7 +360,10 @@ class Processor(ProcessorMixin):
             ValueError: an argument that has no effect here.
         """
         if ignored := [name for name, value in kwargs.items() if value and name != "return_dict"]:
-            raise ValueError(f"apply_chat_template cannot use {ignored[0]!r}; variables of the template are template_kwargs")
+            raise ValueError(
+                f"apply_chat_template cannot use {ignored[0]!r}; variables of the template are the processor's "
+                "template_kwargs"
+            )
         processor = self if chat_template in (None, self.chat_template) else self._with_template(chat_template)
         single = not conversation or isinstance(conversation[0], dict)
         rows = [conversation] if single else conversation
@@ -381,14 +384,19 @@ class Processor(ProcessorMixin):
         return other
 
     def _text(self, messages: Sequence[Message], ask: bool) -> str:
-        """The conversation as text that ``__call__`` turns into the ids of this processor: with BOS exactly once, and no
-        further than the token that ends the last answer."""
+        """The conversation as text that ``__call__`` turns into the ids of this processor: with BOS exactly once, and
+        no further than the token that ends the last answer."""
         spans = self._spans(messages, training=not ask and messages[-1]["role"] == "assistant")
         if spans[-1].ends_turn:
             end = str(self.tokenizer.convert_ids_to_tokens(self._end_of_turn(spans[-1])))
             spans[-1] = Span("template", end)
-        text = "".join(IMAGE_TEXT if span.kind == "image" else span.text for span in spans)
-        return f"{self.tokenizer.bos_token}{text}" if self.add_bos and not self._opens_with_bos(text) else text
+        texts = [IMAGE_TEXT if span.kind == "image" else span.text for span in spans]
+        if self.add_bos:
+            bos = str(self.tokenizer.bos_token)
+            words = next((i for i, span in enumerate(spans) if span.kind != "image"), 0)
+            texts[words] = texts[words].removeprefix(bos)  # written by the template, perhaps behind a picture
+            texts.insert(0, bos)
+        return "".join(texts)
 
     def _conversation_batch(
         self, rows: Sequence[Sequence[Message]], with_mask: bool, options: Mapping[str, Any]

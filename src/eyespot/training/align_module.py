@@ -69,7 +69,7 @@ class AlignModule(VLMModule):
         return loss.detach()
 
     def validation_step(self, window: Window, batch_idx: int) -> None:
-        """Losses of a batch that is shared out over the devices; if some device has none left, of the own batch alone."""
+        """Losses of a batch in which every device has rows; if one has none left, of the own rows alone."""
         counts = [int(count) for count in numbers_of_all([len(window.ids)], self.device)[:, 0]]
         rank = self.global_rank
         if min(counts) == 0:
@@ -112,7 +112,7 @@ class AlignModule(VLMModule):
         if "matching" in self.weights:
             negatives = [
                 sample_negatives(self.scale * rows.detach(), same, own)
-                for rows, own in zip((to_texts, to_images), draws.to(same.device), strict=True)
+                for rows, own in zip((to_texts, to_images), draws, strict=True)
             ]
             shares["matching"] = self._matching(side, images, batch, counts, *negatives)
         if "caption" in self.weights:

@@ -5,6 +5,7 @@ Source: direct preference optimization, arXiv 2305.18290.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import tempfile
@@ -97,8 +98,8 @@ def _pair(id: str, record: dict[str, Any], folder: str | Path) -> Pair:
 class PreferenceCollator:
     """Pairs -> the batch of TRL's DPOTrainer: all chosen conversations, then all rejected ones.
 
-    Rows are those that eyespot trains: input_ids, attention_mask and completion_mask int64 [2B, T], image_features float
-    [2N, P, E]; a picture is encoded once.
+    Rows are those that eyespot trains: input_ids, attention_mask and completion_mask int64 [2B, T], image_features
+    float [2N, P, E]; a picture is encoded once.
 
     Args:
         assistant: the model in training, for its processor and its frozen encoder.
@@ -192,11 +193,10 @@ def run_preference(
 
 def _trl() -> tuple[Any, Any, Any]:
     try:
-        from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
+        datasets, trl = map(importlib.import_module, ("datasets", "trl"))
     except ImportError as error:
         raise ImportError('preference learning needs TRL; pip install "eyespot[preference]"') from error
-    return DPOTrainer, DPOConfig, Dataset
+    return trl.DPOTrainer, trl.DPOConfig, datasets.Dataset
 
 
 def _prepared(folder: str | Path, fast_bfloat16: bool, *, learns: bool) -> tuple[VLM, Any]:
@@ -221,4 +221,4 @@ def _save(policy: VLM, processor: Any, result: Preference, model: Path, settings
     record = json.loads(record_file.read_text()) if record_file.is_file() else {}
     record["preference"] = {**settings, "losses": result.losses, "margins": result.margins}
     result.folder.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(policy.eval(), processor, result.folder, record)
+    save_whole(policy, processor, result.folder, record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -213,7 +214,7 @@ def run_in(
         if resume is None and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / SETTINGS_FILE, to_dict(settings))
+        write_json(folder / SETTINGS_FILE, to_dict(settings))
         report.write(folder)
     if stage is not None:
         stage.check_data(train_samples)
@@ -418,7 +419,7 @@ def _fit(
     from eyespot.training.callbacks import Checkpoints, Reporter, SampleAnswers
     from eyespot.training.checkpoint import CheckpointWriter
     from eyespot.training.module import VLMModule
-    from eyespot.training.processes import SameStart, cluster, is_first_process, strategy_of
+    from eyespot.training.processes import SameStart, is_first_process
 
     trainer_settings = settings.trainer
     device = choose_device(trainer_settings.device)
@@ -488,26 +489,8 @@ def _fit(
             "number of samples": len(train_samples),
         }
     )  # fmt: skip
-    trainer = lightning.Trainer(
-        accelerator={"cuda": "gpu"}.get(device.type, device.type),
-        devices=trainer_settings.devices,
-        num_nodes=trainer_settings.num_nodes,
-        strategy=strategy_of(trainer_settings),
-        plugins=[cluster()],
-        precision=precision_of(trainer_settings, device),  # type: ignore[arg-type]
-        max_epochs=1,
-        max_steps=num_steps,
-        val_check_interval=min(trainer_settings.validate_every, num_steps),
-        limit_val_batches=1.0 if validation else 0,
-        num_sanity_val_steps=0,
-        callbacks=[start, reporter, answers, checkpoints],
-        logger=_loggers(settings, folder),
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        use_distributed_sampler=False,
+    trainer = make_trainer(
+        settings, device, folder, num_steps, [start, reporter, answers, checkpoints], validates=bool(validation)
     )
     module = VLMModule(model, trainer_settings, num_steps)
     if pair_losses:
@@ -536,6 +519,43 @@ def _fit(
         folder, settings, finished, trainer.global_step, reporter.samples_seen, reporter.seconds, reporter.curve,
         reporter.validation, checkpoints.stopped_by, Assistant(model, processor, str(device)),
     )  # fmt: skip
+
+
+def make_trainer(
+    settings: TrainSettings,
+    device: torch.device,
+    folder: Path,
+    num_steps: int,
+    callbacks: list[Any],
+    *,
+    validates: bool,
+) -> Any:
+    """Lightning's trainer, with nothing of its own: order, checkpoints and progress are ours."""
+    import lightning
+
+    from eyespot.training.processes import cluster, strategy_of
+
+    return lightning.Trainer(
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=settings.trainer.devices,
+        num_nodes=settings.trainer.num_nodes,
+        strategy=strategy_of(settings.trainer),
+        plugins=[cluster()],
+        precision=precision_of(settings.trainer, device),  # type: ignore[arg-type]
+        max_epochs=1,
+        max_steps=num_steps,
+        val_check_interval=min(settings.trainer.validate_every, num_steps),
+        limit_val_batches=1.0 if validates else 0,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=_loggers(settings, folder),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+    )
 
 
 @contextmanager
@@ -578,7 +598,7 @@ def cached_features(
 ) -> FeatureStore | None:
     """The features of the pictures on disk, computed where they were missing; None if the encoder learns, the settings
     say no, pictures are augmented or features do not fit (which is said)."""
-    from eyespot.data.features import CacheFull, FeatureStore, describe, encoder_key, features_root, fill
+    from eyespot.data.features import CacheFull, fill
 
     model, processor = assistant.model, assistant.processor
     if not settings.data.cache_features or any(p.requires_grad for p in model.vision.parameters()):
@@ -586,17 +606,7 @@ def cached_features(
     if settings.data.augment:
         console.print("every step encodes its pictures, because data.augment changes them from visit to visit")
         return None
-    precision = precision_of(settings.trainer, assistant.device)
-    store = FeatureStore(features_root() / encoder_key(model, processor, f"{precision} {assistant.device.type}"))
-    bfloat16 = torch.autocast(assistant.device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed")
-
-    @torch.no_grad()
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
-        with bfloat16:
-            features: torch.Tensor = model.encode_images(pixels.to(assistant.device))
-        return features
-
-    describe(store.folder, model)
+    store, encode = feature_store(settings, assistant)
     started = time.perf_counter()
     try:
         with one_at_a_time(store.folder):  # the other processes wait, and find what the first one encoded
@@ -614,8 +624,38 @@ def cached_features(
     return store
 
 
+def feature_store(
+    settings: TrainSettings, assistant: Assistant
+) -> tuple[FeatureStore, Callable[[torch.Tensor], torch.Tensor]]:
+    """Where a run's features are kept, and what makes them: pixel values float [N, 3, H, W] -> float [N, P, E]."""
+    from eyespot.data.features import FeatureStore, describe, encoder_key, features_root
+
+    model, device = assistant.model, assistant.device
+    precision = precision_of(settings.trainer, device)
+    store = FeatureStore(features_root() / encoder_key(model, assistant.processor, f"{precision} {device.type}"))
+    describe(store.folder, model)
+
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
+            features: torch.Tensor = model.encode_images(pixels.to(device))
+        return features
+
+    return store, encode
+
+
 def fill_features(settings: TrainSettings, console: Console) -> None:
     """Encode all pictures of a run beforehand, so that training and its repetitions find them.
+
+    Raises:
+        ConfigError: see ``to_be_encoded``.
+    """
+    settings, pictures = to_be_encoded(settings, console)
+    cached_features(settings, untrained(settings), pictures, console)
+
+
+def to_be_encoded(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Iterator[ImageSource]]:
+    """All pictures of a run whose encoder is frozen, and its settings with everything decided.
 
     Raises:
         ConfigError: the encoder of the recipe learns, pictures are augmented, or the cache is switched off.
@@ -635,10 +675,14 @@ def fill_features(settings: TrainSettings, console: Console) -> None:
     train_samples, validation, report = load_data(settings.data, settings.trainer.seed)
     console.print(report.summary(), markup=False)
     model_settings = with_tokenizer(with_dtypes(settings.model, device), train_samples)
+    pictures = (image for sample in itertools.chain(train_samples, validation) for image in sample.images)
+    return replace(settings, model=model_settings), pictures
+
+
+def untrained(settings: TrainSettings) -> Assistant:
+    """The model of a run before its first step."""
     torch.manual_seed(settings.trainer.seed)  # a frozen part may be random
-    model, processor = build_from_settings(model_settings)
-    pictures = (image for sample in [*train_samples, *validation] for image in sample.images)
-    cached_features(settings, Assistant(model, processor, str(device)), pictures, console)
+    return Assistant(*build_from_settings(settings.model), settings.trainer.device)
 
 
 def save_whole(model: Any, processor: Any, folder: Path, record: dict[str, Any]) -> None:
@@ -646,7 +690,7 @@ def save_whole(model: Any, processor: Any, folder: Path, record: dict[str, Any])
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     save(model, processor, partial)
-    _write_json(partial / RECORD_FILE, record)
+    write_json(partial / RECORD_FILE, record)
     os.replace(partial, folder)
 
 
@@ -661,7 +705,8 @@ def _loggers(settings: TrainSettings, folder: Path) -> Any:
     return loggers
 
 
-def _write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
+    """A file that appears whole or not at all."""
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text(json.dumps(values, indent=2), encoding="utf-8")
     os.replace(partial, path)

@@ -9,7 +9,9 @@ run.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,13 +45,13 @@ from eyespot.training.run import (
     RECORD_FILE,
     BeforeTraining,
     Run,
-    _write_json,
     find_resume,
     last_checkpoint,
     load_data,
     run_in,
     save_whole,
     with_tokenizer,
+    write_json,
 )
 
 Measure = Callable[[Assistant, Sequence[Sample]], Mapping[str, Any]]
@@ -93,21 +95,25 @@ class Stage:
             model.config.image_scale = json.loads((self.before / "config.json").read_text())["image_scale"]
 
     def write_earlier(self, folder: Path) -> Path | None:
-        """The tensors of earlier stages in one file, for the checkpoints of this one to link."""
+        """The tensors of earlier stages in one file, for the checkpoints of this one to link; it is written once."""
         if self.before is None:
             return None
         from safetensors.torch import save_file
 
-        save_file(all_trained(self.before), folder / EARLIER_FILE)
-        return folder / EARLIER_FILE
+        file = folder / EARLIER_FILE
+        if not file.is_file():
+            partial = folder / f".partial-{EARLIER_FILE}"
+            save_file(all_trained(self.before), partial)
+            os.replace(partial, file)
+        return file
 
     def finish(self, folder: Path, record: dict[str, Any], assistant: Assistant, held_out: Sequence[Sample]) -> None:
         """Write the record, which ends the stage; before it, what ``measure`` finds on samples that were held out."""
         pairs, _ = find_pairs(held_out)
         if self.losses and self.measure is not None and pairs:
             record["retrieval"] = dict(self.measure(assistant, pairs))
-            _write_json(folder / MEASURE_FILE, record["retrieval"])
-        _write_json(folder / RECORD_FILE, {"stage": self.name, "train": self.train, "losses": self.losses, **record})
+            write_json(folder / MEASURE_FILE, record["retrieval"])
+        write_json(folder / RECORD_FILE, {"stage": self.name, "train": self.train, "losses": self.losses, **record})
 
 
 def train_stages(
@@ -131,10 +137,13 @@ def train_stages(
             shutil.rmtree(folder)
         check_stage_data(settings)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "settings.json", to_dict(settings))
+        write_json(folder / "settings.json", to_dict(settings))
     stages = settings.stages or []
     # the other processes may start before the first one has deleted anything
-    done = 0 if fresh else sum((folder_of(settings, i) / RECORD_FILE).is_file() for i in range(len(stages)))
+    done = 0 if fresh else num_finished(settings)
+    if is_first_process():
+        for number in range(done + 1, len(stages)):  # what came of a stage that is not there any more
+            shutil.rmtree(folder_of(settings, number), ignore_errors=True)
     model = with_tokenizer(settings.model, training_texts(settings))
     for number in range(done, len(stages)):
         stage = stages[number]
@@ -182,6 +191,13 @@ def folder_of(settings: TrainSettings, number: int) -> Path:
     return Path(settings.output_dir) / settings.name / "stages" / f"{number}-{name}"
 
 
+def num_finished(settings: TrainSettings) -> int:
+    """How many stages from the first one on are finished."""
+    stages = range(len(settings.stages or []))
+    finished = itertools.takewhile(lambda number: (folder_of(settings, number) / RECORD_FILE).is_file(), stages)
+    return sum(1 for _ in finished)
+
+
 def result_of(settings: TrainSettings, number: int) -> Path:
     """What a finished stage left: its last checkpoint, or the folder of a model.
 
@@ -224,8 +240,10 @@ def training_texts(settings: TrainSettings) -> list[Sample]:
     seen: list[Any] = []
     samples: list[Sample] = []
     for number, stage in enumerate(settings.stages or []):
+        if stage.kind == "preference":
+            continue
         own = stage_settings(settings, number)
-        if stage.kind != "preference" and own.data not in seen:
+        if own.data not in seen:
             seen.append(own.data)
             samples += load_data(own.data, own.trainer.seed)[0]
     return samples
@@ -250,7 +268,7 @@ def prefer(settings: TrainSettings, number: int, console: Console) -> None:
         "samples": steps * trainer.batch_size * trainer.accumulate, "seconds": time.perf_counter() - started,
         "curve": list(enumerate(told["losses"], 1)), "validation": [], "margins": told["margins"],
     }  # fmt: skip
-    _write_json(folder / RECORD_FILE, record)
+    write_json(folder / RECORD_FILE, record)
 
 
 def finish(settings: TrainSettings, folder: Path) -> Run:

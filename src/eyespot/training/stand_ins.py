@@ -23,7 +23,7 @@ from eyespot.processing.tokenizers import byte_tokenizer
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 # the Pillow processors read what the others save, and need no torchvision
-IMAGE_PROCESSORS = {
+IMAGE_PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip_vision_model": ("CLIPImageProcessorPil", {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": IMAGE_SIZE}),
     "siglip_vision_model": ("SiglipImageProcessorPil", {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}),
     "vit": ("ViTImageProcessorPil", {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}),
@@ -103,21 +103,21 @@ def _cached(config: PreTrainedConfig, fill: Callable[[Path], None]) -> Path:
 
 COLORS = ("red", "green", "blue", "yellow", "white", "black")
 SHAPES = ("circle", "square", "triangle")
-CAPTIONS = ("a {c} {s} on a {g} ground", "one {c} {s}", "a {s}, {c}, before {g}", "a {s} that is {c}", "there is a {c} {s}")
+CAPTIONS = ("a {c} {s} on a {g} ground", "one {c} {s}", "a {s}, {c}, before {g}", "a {s} that is {c}", "it is a {s}")
 NUM_PICTURES = 24
 SPLITS = ("train", "validation", "test")
 
 
 def made_data(format: str, split: str) -> dict[str, Any]:
-    """Arguments of a reader for 24 drawn pictures in this format; each split ("train", "validation", "test") has others.
+    """Arguments of a reader for 24 drawn pictures in this format; each of SPLITS has others.
 
     Raises:
         ConfigError: a format that nothing is made for.
     """
     if format not in WRITERS:
         raise ConfigError(
-            f"there is nothing at data.{split}, and no data is made in format {format!r}; name data that exists, in one "
-            f"of: {', '.join(WRITERS)}"
+            f"there is nothing at data.{split}, and no data is made in format {format!r}; name data that exists, or "
+            f"use one of: {', '.join(WRITERS)}"
         )
     folder = default_cache() / "shrunk" / f"data-{format}-{split}-{NUM_PICTURES}"
     name, write = WRITERS[format]

@@ -1,7 +1,8 @@
 """Many runs of one recipe with different settings, chosen by Optuna from what the runs before them gave.
 
-The space is written as for Hydra's multirun (hydra.cc/docs/advanced/override_grammar/extended): ``key=choice(a, b)``,
-``key=a,b``, ``key=range(1, 9)``, ``key=interval(0, 1)``, ``key=int(interval(1, 8))`` and ``key=tag(log, interval(...))``.
+The space is written as for Hydra's multirun (hydra.cc/docs/advanced/override_grammar/extended): ``key=a,b``,
+``key=choice(a, b)``, ``key=range(1, 9)``, ``key=interval(0, 1)``, ``key=int(interval(1, 8))`` and
+``key=tag(log, interval(1e-4, 1e-2))``.
 Hydra's own sweeper for Optuna (hydra-optuna-sweeper 1.3.0) is not used: it takes only Optuna below 3.
 """
 
