@@ -54,7 +54,8 @@ def workers(num_workers: int) -> Iterator[Any]:
     if mine:
         here: dict[str, Any] = {"address": "local", "num_cpus": num_workers, "include_dashboard": False,
                                 "object_store_memory": OBJECT_STORE_BYTES}  # fmt: skip
-        ray.init(**({} if os.environ.get("RAY_ADDRESS") else here), logging_level=logging.ERROR)
+        place = {} if os.environ.get("RAY_ADDRESS") else here
+        ray.init(**place, logging_level=logging.ERROR, log_to_driver=False)  # errors come back as results
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -41,19 +41,20 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(
-    folder: Path, name: str, *overrides: str, before: tuple[str, ...] = (), env: Mapping[str, str] = {}
+    folder: Path, name: str, *overrides: str, script: Path | None = None, env: Mapping[str, str] = {}
 ) -> subprocess.Popen[str]:
-    """``eyespot train`` in a process of its own, or behind the words of a launcher."""
-    words = ["-m", "eyespot", "train", *SMALL, f"name={name}", f"output_dir={folder}", *overrides]
+    """``eyespot train`` in a process of its own, or a script that starts it."""
+    command = [sys.executable, "-W", "ignore", "-m", "eyespot", "train"] if script is None else ["bash", str(script)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", *before, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env},
+        [*command, *SMALL, f"name={name}", f"output_dir={folder}", *overrides],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PATH": path, **env},
     )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     """What it said, once it has ended."""
-    said = "".join(process.communicate(timeout=240))
+    said = "".join(process.communicate(timeout=500))
     assert process.returncode == code, said
     return said
 
@@ -82,6 +83,12 @@ def assert_close(found: Path, wanted: Path) -> None:
 def assert_equal(found: Path, wanted: Path) -> None:
     one, other = weights(found), weights(wanted)
     assert [name for name in other if not torch.equal(one[name], other[name])] == []
+
+
+def torchrun() -> dict[str, Any]:
+    """The example of the documentation, on this machine."""
+    script = Path(__file__).parents[2] / "examples" / "torchrun.sh"
+    return {"script": script, "env": {"GPUS": "2", "HEAD": f"localhost:{free_port()}", "RESTARTS": "1"}}
 
 
 def free_port() -> str:
@@ -142,8 +149,7 @@ def test_sharded_training_gives_the_weights_of_one_process(run: Callable[..., Ru
 
 def test_torchrun_and_slurm_start_the_same_run(tmp_path: Path) -> None:
     common = [*TWO, "trainer.max_steps=2"]
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
-    runs = [start(tmp_path, "torchrun", *common, before=torchrun)]
+    runs = [start(tmp_path, "torchrun", *common, **torchrun())]
     port = free_port()
     for task in "01":
         slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_PROCID": task,
@@ -182,6 +188,13 @@ def test_when_one_process_is_killed_the_other_stops_and_the_run_resumes(tmp_path
     assert not (tmp_path / "killed" / "model").exists()
     assert "going on from" in finish(start(tmp_path, "killed", *LONG))
     assert_equal(tmp_path / "killed", whole)
+
+
+def test_under_torchrun_a_run_goes_on_by_itself(tmp_path: Path, whole: Path) -> None:
+    process = start(tmp_path, "restarted", *LONG, **torchrun())
+    os.kill(wait_for(process, 5), signal.SIGKILL)
+    assert "going on from" in finish(process)
+    assert_equal(tmp_path / "restarted", whole)
 
 
 def test_a_process_that_hangs_is_given_up(tmp_path: Path) -> None:

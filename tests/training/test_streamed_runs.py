@@ -55,7 +55,7 @@ def test_two_processes_with_workers_killed_and_resumed(questions: str, tmp_path:
     killed.kill()
     killed.communicate(timeout=120)
     for process in [start("whole"), start("killed")]:
-        said = "".join(process.communicate(timeout=240))
+        said = "".join(process.communicate(timeout=500))
         assert process.returncode == 0, said
     assert "going on from" in said
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
