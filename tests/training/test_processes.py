@@ -26,7 +26,8 @@ from eyespot.training.run import Run, comparable, last_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SMALL = ["recipe=smoke", "data.limit=40", "data.validation_share=0.2", "data.share=1", "evaluation.run=false",
-         "trainer.device=cpu", "trainer.eps=1e-2", "trainer.log_every=1", "trainer.samples_every=2"]  # fmt: skip
+         "evaluation.pictures=0", "trainer.device=cpu", "trainer.eps=1e-2", "trainer.log_every=1",
+         "trainer.samples_every=2"]  # fmt: skip
 TWO = ["trainer.devices=2", "trainer.batch_size=4"]
 LORA = ["model.language.train=lora", "model.language.lora={r: 2, alpha: 4, targets: [q_proj, up_proj], dropout: 0.2}"]
 

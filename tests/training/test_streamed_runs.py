@@ -30,7 +30,8 @@ def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_run_from_a_stream_equals_one_from_memory(run: Callable[..., Run], questions: str) -> None:
     common = [questions, "data.validation_share=0", "data.share=2",
-              "model.language.tokenizer=bpe:280", "trainer.epochs=2", "evaluation.run=false"]  # fmt: skip
+              "model.language.tokenizer=bpe:280", "trainer.epochs=2",
+              "evaluation.run=false", "evaluation.pictures=0"]  # fmt: skip
     memory = run("memory", *common)
     stream = run("stream", *common, "data.streaming=true")
     assert stream.curve == memory.curve
@@ -42,7 +43,7 @@ def test_two_processes_with_workers_killed_and_resumed(questions: str, tmp_path:
     common = ["recipe=smoke", f"output_dir={tmp_path}", questions, "data.limit=40",
               "data.validation_share=0.2", "data.streaming=true", "trainer.epochs=4", "trainer.checkpoint_every=2",
               "trainer.log_every=1", "trainer.device=cpu", "trainer.num_workers=2", "trainer.devices=2",
-              "trainer.batch_size=4", "evaluation.run=false"]  # fmt: skip
+              "trainer.batch_size=4", "evaluation.run=false", "evaluation.pictures=0"]  # fmt: skip
 
     def start(name: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-W", "ignore", "-m", "eyespot", "train", *common, f"name={name}"]
