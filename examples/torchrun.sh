@@ -4,6 +4,9 @@
 # HEAD is any one of the machines. When a process dies, all are started again (RESTARTS times at most) and go on from
 # the last checkpoint; so leave --fresh out.
 set -euo pipefail
+# torchrun would keep its store of addresses over a restart, and a process could read those of the ones that are gone:
+# https://github.com/pytorch/pytorch/issues/135712
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 NODES="${NODES:-1}" GPUS="${GPUS:-1}"
 exec python -m torch.distributed.run \
   --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts="${RESTARTS:-3}" \
