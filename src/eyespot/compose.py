@@ -111,6 +111,7 @@ def build_from_settings(settings: ModelSettings) -> tuple[VLM, Processor]:
         image_token_id=max(int(language.config.get_text_config().vocab_size), len(tokenizer)),
         vision_layer=vision_layer,
         keep_cls=settings.vision.keep_cls,
+        vision_positions=settings.vision.positions,
         num_prefix_tokens=prefix,
         image_attention=settings.image_attention,
         lora={
@@ -119,6 +120,7 @@ def build_from_settings(settings: ModelSettings) -> tuple[VLM, Processor]:
             if part.lora is not None
         },
         alignment=_alignment(settings, text_tokenizer),
+        detection=settings.detection,
         dtype=torch.bfloat16 if torch.bfloat16 in (vision.dtype, language.dtype) else torch.float32,
         tie_word_embeddings=bool(getattr(language.config, "tie_word_embeddings", False)),
     )
@@ -136,7 +138,8 @@ def build_from_settings(settings: ModelSettings) -> tuple[VLM, Processor]:
         vision=settings.vision.train,
         connector=settings.connector.train,
         language=settings.language.train,
-        alignment="frozen",  # stages train it
+        alignment="frozen",  # stages train the heads
+        detection="frozen",
     )
     processor = build_processor(model, tokenizer, image_processor, settings)
     if settings.alignment is not None:

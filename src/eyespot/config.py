@@ -15,6 +15,7 @@ from typing import Any, Literal
 from eyespot.registry import AUGMENTATIONS, CONNECTORS, FILTERS, FORMATS, LANGUAGES, VISION, Registry, closest
 
 Mode = Literal["frozen", "full", "lora"]
+MAX_FREQUENCIES = 16  # of positions; the last wave is finer than any pixel
 
 
 class ConfigError(ValueError):
@@ -34,8 +35,9 @@ class LoraSettings:
 
 @dataclass
 class VisionSettings:
-    """name: a registered vision encoder; args: its arguments; layer, keep_cls: see VLMConfig; resize: how a picture
-    becomes a square for our own encoders."""
+    """name: a registered vision encoder; args: its arguments; layer, keep_cls: see VLMConfig; positions: frequencies
+    of the patches' places that the connector is told beside their features (VLMConfig.vision_positions), for encoders
+    whose features do not say, such as convolutions; resize: how a picture becomes a square for our own encoders."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +45,7 @@ class VisionSettings:
     lora: LoraSettings | None = None
     layer: int | None = None
     keep_cls: bool = False
+    positions: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     resize: Literal["squash", "crop", "pad"] = "squash"
 
@@ -90,7 +93,8 @@ class AlignmentSettings:
 @dataclass
 class ModelSettings:
     """The three parts, where pictures stand in the text, and whether the tokens of a picture see each other
-    ("bidirectional", see VLMConfig) or only those before them; alignment: a fourth part that stages train."""
+    ("bidirectional", see VLMConfig) or only those before them; alignment: a fourth part that stages train; detection: a
+    fifth one, set by itself for runs with a stage of kind detect."""
 
     vision: VisionSettings
     connector: ConnectorSettings
@@ -98,6 +102,7 @@ class ModelSettings:
     image_mode: Literal["placeholder", "prefix"] = "placeholder"
     image_attention: Literal["causal", "bidirectional"] = "causal"
     alignment: AlignmentSettings | None = None
+    detection: bool = False
 
 
 @dataclass
@@ -136,6 +141,7 @@ class LearningRates:
     connector: float = 1e-3
     language: float = 2e-4
     alignment: float = 1e-3
+    detection: float = 2e-3
 
 
 @dataclass
@@ -209,24 +215,35 @@ class StageModes:
     connector: Literal["frozen", "full"] = "frozen"
     language: Mode = "frozen"
     alignment: Literal["frozen", "full"] = "frozen"
+    detection: Literal["frozen", "full"] = "frozen"
 
 
 @dataclass
 class StageLosses:
     """Weights of the losses; 0 leaves a loss out. contrastive: CLIP's softmax; sigmoid: SigLIP's; matching: does this
-    text belong to this picture, with hard negatives; caption: the next word."""
+    text belong to this picture, with hard negatives; caption: the next word; names, boxes: of what is in a picture."""
 
     contrastive: float = 0.0
     sigmoid: float = 0.0
     matching: float = 0.0
     caption: float = 0.0
+    names: float = 0.0
+    boxes: float = 0.0
 
 
-StageKind = Literal["contrastive", "matching", "joint", "caption", "align", "instruct", "preference"]
-PAIR_LOSSES = {  # of the kinds that compare pictures with texts; the first one is what a stage takes by itself
+StageKind = Literal["contrastive", "matching", "joint", "detect", "caption", "align", "instruct", "preference"]
+PAIR_KINDS = ("contrastive", "matching", "joint")  # compare pictures with texts
+KIND_LOSSES = {  # of the kinds in which the language model is not asked for its own
     "contrastive": ("contrastive", "sigmoid"),
     "matching": ("matching",),
     "joint": ("contrastive", "matching", "caption", "sigmoid"),
+    "detect": ("names", "boxes"),
+}
+DEFAULT_LOSSES = {
+    "contrastive": ("contrastive",),
+    "matching": ("matching",),
+    "joint": ("contrastive", "matching", "caption"),
+    "detect": ("names", "boxes"),
 }
 # what must be the same in all stages, which share their processes and their untrained weights
 RUN_WIDE = ("seed", "device", "devices", "num_nodes", "strategy", "timeout_s")
@@ -237,8 +254,9 @@ class StageSettings:
     """One of several trainings that follow each other, each from the weights that the one before left.
 
     kind: "contrastive", "matching" and "joint" (both, and captioning) compare pictures with texts and need
-    ``model.alignment``; "caption", "align" (the connector only) and "instruct" let the language model speak;
-    "preference" is DPO. train: see StageModes. losses: contrastive or matching alone, or those of joint, unless given.
+    ``model.alignment``; "detect" teaches image tokens what is where; "caption", "align" (the connector only) and
+    "instruct" let the language model speak; "preference" is DPO. train: see StageModes. losses: contrastive or matching
+    alone, those of joint, or names and boxes, unless given.
     data, trainer: what differs from the run's own; for "preference" see PreferenceData and PreferenceTrainer.
     """
 
@@ -404,6 +422,14 @@ def check_model(settings: ModelSettings) -> None:
     )
     if settings.language.quantize is not None:
         _check_quantize(settings.language)
+    if not 0 <= settings.vision.positions <= MAX_FREQUENCIES:
+        raise ConfigError(
+            f"model.vision.positions is {settings.vision.positions}; give 0 for none, up to {MAX_FREQUENCIES}"
+        )
+    if settings.vision.positions and settings.vision.keep_cls:
+        raise ConfigError(
+            "model.vision.positions is set, but the CLS token has no place; set model.vision.keep_cls=false"
+        )
     for name, part in (("vision", settings.vision), ("language", settings.language)):
         if part.train == "full" and part.dtype == "bfloat16":
             raise ConfigError(
@@ -533,7 +559,9 @@ def stages_model(settings: TrainSettings) -> ModelSettings:
         model = dataclasses.replace(model, **{name: part})
     learns = any(stage.train.connector == "full" for stage in settings.stages or [])
     return dataclasses.replace(
-        model, connector=dataclasses.replace(model.connector, train="full" if learns else "frozen")
+        model,
+        connector=dataclasses.replace(model.connector, train="full" if learns else "frozen"),
+        detection=any(stage.kind == "detect" for stage in settings.stages or []),
     )
 
 
@@ -550,8 +578,8 @@ def check_stages(settings: TrainSettings) -> None:
             check_stage(settings, number)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name!r}: {error}") from error
-    if settings.model.alignment is not None and not any(stage.kind in PAIR_LOSSES for stage in stages):
-        raise ConfigError(f"model.alignment is set but no stage trains it; add one of kind {', '.join(PAIR_LOSSES)}")
+    if settings.model.alignment is not None and not any(stage.kind in PAIR_KINDS for stage in stages):
+        raise ConfigError(f"model.alignment is set but no stage trains it; add one of kind {', '.join(PAIR_KINDS)}")
 
 
 def check_stage(settings: TrainSettings, number: int) -> None:
@@ -574,28 +602,32 @@ def check_stage(settings: TrainSettings, number: int) -> None:
     if stage.kind == "align" and modes != to_dict(StageModes(connector="full")):
         raise ConfigError(f"train is {modes}, but align trains the connector only; use kind instruct or caption")
     own = stage_settings(settings, number)
-    if stage.kind in PAIR_LOSSES:
+    if stage.kind in PAIR_KINDS:
         check_pair_stage(own, modes)
     elif modes["alignment"] != "frozen":
         raise ConfigError(f"train.alignment is full, but kind {stage.kind!r} compares no pairs; leave it frozen")
+    if stage.kind == "detect":
+        check_detect_stage(own, modes)
+    elif modes["detection"] != "frozen":
+        raise ConfigError(f"train.detection is full, but kind {stage.kind!r} looks for no objects; leave it frozen")
     check_run(own)
 
 
 def stage_losses(stage: StageSettings) -> dict[str, float]:
-    """The losses that compare pictures with texts and their weights; none where the language model's own is meant.
+    """The losses of a stage and their weights; none where the language model's own is meant.
 
     Raises:
         ConfigError: a weight below 0, or a loss that the kind cannot compute.
     """
-    if stage.kind not in PAIR_LOSSES:
+    if stage.kind not in KIND_LOSSES:
         if stage.losses is not None:
             raise ConfigError(f"losses are set, but kind {stage.kind!r} has one loss and no pairs; leave them out")
         return {}
-    takes = PAIR_LOSSES[stage.kind]
+    takes = KIND_LOSSES[stage.kind]
     given = {} if stage.losses is None else {name: w for name, w in to_dict(stage.losses).items() if w != 0}
     for name, weight in given.items():
         if name not in takes:
-            kinds = [kind for kind, losses in PAIR_LOSSES.items() if name in losses]
+            kinds = [kind for kind, losses in KIND_LOSSES.items() if name in losses]
             raise ConfigError(
                 f"kind {stage.kind!r} cannot compute the loss {name!r}; it takes {', '.join(takes)} "
                 f"({name} belongs to: {', '.join(kinds)})"
@@ -604,7 +636,7 @@ def stage_losses(stage: StageSettings) -> dict[str, float]:
             raise ConfigError(f"losses.{name} is {weight}; a weight is 0 or above")
     if stage.losses is not None and not given:
         raise ConfigError(f"all losses are 0; give one of {', '.join(takes)} a weight")
-    return given or dict.fromkeys(takes[:-1] if len(takes) > 1 else takes, 1.0)
+    return given or dict.fromkeys(DEFAULT_LOSSES[stage.kind], 1.0)
 
 
 def check_pair_stage(settings: TrainSettings, modes: Mapping[str, str]) -> None:
@@ -628,6 +660,32 @@ def check_pair_stage(settings: TrainSettings, modes: Mapping[str, str]) -> None:
         )
     if trainer.strategy == "fsdp":
         raise ConfigError("trainer.strategy is fsdp, but pairs are compared by whole models; use ddp")
+
+
+def check_detect_stage(settings: TrainSettings, modes: Mapping[str, str]) -> None:
+    """Raise ConfigError unless image tokens have places in the picture and only what makes them learns."""
+    connector, trainer = settings.model.connector.name, settings.trainer
+    if not getattr(CONNECTORS[connector], "keeps_grid", False):
+        keep = [name for name in CONNECTORS.names() if getattr(CONNECTORS[name], "keeps_grid", False)]
+        raise ConfigError(
+            f"connector {connector!r} gives tokens that have no place in the picture, which kind detect needs; use "
+            f"{' or '.join(keep)}"
+        )
+    if settings.model.vision.keep_cls:
+        raise ConfigError("model.vision.keep_cls is true, but kind detect needs tokens with a place; set it to false")
+    if modes["language"] != "frozen":
+        raise ConfigError(
+            f"train.language is {modes['language']}, but kind detect asks it for nothing; leave it frozen"
+        )
+    if modes["detection"] != "full":
+        raise ConfigError("train.detection is frozen, but it is what finds objects; set it to full")
+    if trainer.accumulate > 1:
+        raise ConfigError(
+            f"trainer.accumulate is {trainer.accumulate}, but names of different micro-batches are never compared; use "
+            "1 (more pictures fit with precision=bf16, a frozen vision encoder or more devices)"
+        )
+    if trainer.strategy == "fsdp":
+        raise ConfigError("trainer.strategy is fsdp, but objects are looked for by whole models; use ddp")
 
 
 def check_preference(settings: TrainSettings, number: int) -> None:

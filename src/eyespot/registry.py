@@ -74,6 +74,7 @@ CONNECTORS = Registry(
     {
         "linear": "eyespot.models.connectors.linear:LinearConnector",
         "mlp": "eyespot.models.connectors.mlp:MLPConnector",
+        "conv": "eyespot.models.connectors.conv:ConvConnector",
         "pixel_shuffle": "eyespot.models.connectors.pixel_shuffle:PixelShuffleConnector",
         "perceiver": "eyespot.models.connectors.perceiver:PerceiverConnector",
         "qformer": "eyespot.models.connectors.qformer:QFormerConnector",

@@ -14,7 +14,7 @@ import eyespot
 from drawn import draw_captions
 from eyespot.data import sources
 from eyespot.data.features import FeatureStore, picture_digest
-from eyespot.data.pairs import NoPair, PairCollator, find_pairs, pair_of, picture_number, text_number
+from eyespot.data.pairs import NoPair, PairCollator, pair_of, picture_number, text_number, usable_samples
 from eyespot.data.sample import Sample, image_part, text_part
 from eyespot.processing.processor import Processor
 
@@ -47,7 +47,7 @@ def test_a_pair_is_one_picture_and_what_is_said_about_it(samples: list[Sample]) 
     two_turns = Sample("turns", (picture(),), (question, answer, {"role": "user", "content": [text_part("q")]}, answer))
     two_pictures = Sample.question("pictures", (picture(), picture()), "q", "a")
     empty = Sample("empty", (picture(),), (question, {"role": "assistant", "content": [text_part(" ")]}))
-    pairs, reasons = find_pairs([two_turns, samples[0], two_pictures, empty])
+    pairs, reasons = usable_samples([two_turns, samples[0], two_pictures, empty], pair_of)
     assert pairs == [samples[0]]
     assert [reason.split(";")[0] for reason in reasons] == [
         "sample 'turns' has not one picture and one answer but 1 and 2",

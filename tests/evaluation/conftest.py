@@ -17,6 +17,7 @@ class StandIn:
     messages: tuple[dict[str, Any], ...]
     answers: tuple[str, ...]
     group: str
+    kind: str = ""
 
 
 def make_sample(

@@ -7,6 +7,7 @@ from eyespot.evaluation import metrics
 from eyespot.evaluation.metrics import (
     cluster_bootstrap,
     exact_match,
+    is_right,
     normalize_answer,
     paired_bootstrap,
 )
@@ -106,3 +107,21 @@ def test_what_cannot_be_resampled_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         cluster_bootstrap(correct, clusters, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "right"),
+    [
+        ("00 00 50 50", ["00 00 50 50"], True),
+        ("[0, 0, 50, 33]", ["00 00 50 50"], True),  # two thirds
+        ("00 00 50 24", ["00 00 50 50"], False),  # less than half
+        ("60 60 99 99", ["00 00 50 50", "58 58 99 99"], True),
+        ("nowhere", ["00 00 50 50"], False),
+        ("Yes.", ["yes"], True),
+        ("5", ["5"], True),
+        ("a dog at 00 00 50 50", ["a dog at 00 00 50 50"], True),
+        ("a dog at 00 00 50 49", ["a dog at 00 00 50 50"], False),  # words are compared as words
+    ],
+)
+def test_boxes_are_right_by_what_they_cover(prediction: str, answers: list[str], right: bool) -> None:
+    assert is_right(prediction, answers) is right

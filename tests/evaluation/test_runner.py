@@ -100,6 +100,13 @@ def test_breakdown_and_confusions(fakes: SimpleNamespace, samples: list[Any]) ->
     assert pairs == [("blue", "green", 10), ("red", "green", 10), ("teal", "green", 10), ("yes", "no", 10)]
 
 
+def test_breakdown_by_kind_where_the_data_tell_it(fakes: SimpleNamespace, samples: list[Any]) -> None:
+    colours = [replace(one, kind="colour" if one.answers[0] not in ("yes", "no") else "presence") for one in samples]
+    result = evaluate(fakes.Blind(), colours, name="colours")
+    assert list(result.by_type) == ["presence", "colour"] or list(result.by_type) == ["colour", "presence"]
+    assert result.by_type["presence"].always_no == 0.75 and result.by_type["colour"].yes_rate is None
+
+
 def test_written_and_read_again_is_the_same(fakes: SimpleNamespace, samples: list[Any], tmp_path: Path) -> None:
     result = evaluate(fakes.Seeing(), samples, name="colours")
     path = result.write(tmp_path / "new" / "folder")

@@ -318,7 +318,7 @@ def test_only_seed_step_and_row_decide_what_is_drawn() -> None:
         (
             "joint",
             "{train: {format: vqa, path: PAIRS}}",
-            "stage 'joint' compares pictures with texts; 1 samples hold no pair",
+            "stage 'joint' compares pictures with texts; none of 1 samples is usable",
         ),
         ("talk", "{train: {format: captions, path: nowhere.jsonl}}", "nowhere.jsonl"),
     ],

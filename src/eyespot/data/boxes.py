@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 import PIL.Image
@@ -13,7 +13,7 @@ import PIL.ImageFont
 LAST = 99  # the right and the lower edge of a picture, as text; two digits say a place to half a percent
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_FOUR = re.compile(rf"(?<![\w.-])({_NUMBER})[\s,;]+({_NUMBER})[\s,;]+({_NUMBER})[\s,;]+({_NUMBER})(?![\w.])")
+_FOUR = re.compile(rf"(?<![\w.-])({_NUMBER})[\s,;]+({_NUMBER})[\s,;]+({_NUMBER})[\s,;]+({_NUMBER})(?!\w|\.\d)")
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 
 
@@ -79,6 +79,39 @@ def parse_boxes(text: str) -> list[Box]:
         box = Box(*(number if is_share else number / LAST for number in numbers))
         if min(box) >= 0 and max(box) <= 1 and box.left < box.right and box.top < box.bottom:
             found.append(box)
+    return found
+
+
+def is_box(text: str) -> bool:
+    """Whether a text is one box and nothing else.
+
+    >>> is_box("00 10 50 99"), is_box("at 00 10 50 99"), is_box("5")
+    (True, False, False)
+    """
+    return _FOUR.fullmatch(text.strip()) is not None and len(parse_boxes(text)) == 1
+
+
+def named_text(objects: Iterable[tuple[str, Box]]) -> str:
+    """Names with their boxes, as `parse_named` reads them.
+
+    >>> named_text([("dog", Box(0.0, 0.1, 0.5, 1.0)), ("red pear", Box(0.5, 0.0, 1.0, 1.0))])
+    'dog 00 10 50 99, red pear 50 00 99 99'
+    """
+    return ", ".join(f"{name} {box.to_text()}" for name, box in objects)
+
+
+def parse_named(text: str) -> list[tuple[str, Box]]:
+    """Every box of a text with the words between it and the one before; boxes without any are left out.
+
+    >>> parse_named("dog 00 10 50 99, red pear: 50 00 99 99.")[1]
+    ('red pear', Box(left=0.5050505050505051, top=0.0, right=1.0, bottom=1.0))
+    """
+    found, end = [], 0
+    for match in _FOUR.finditer(text):
+        name = text[end : match.start()].strip(" \t\n,;:.[(<>)]")
+        if name and (boxes := parse_boxes(match.group())):
+            found.append((name, boxes[0]))
+        end = match.end()
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import PIL.Image
@@ -115,13 +115,13 @@ def _number(content: bytes) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
 
 
-def find_pairs(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
-    """The samples that are one picture with one text, and what is wrong with the others."""
-    pairs, reasons = [], []
+def usable_samples(samples: Sequence[Sample], read: Callable[[Sample], Any]) -> tuple[list[Sample], list[str]]:
+    """The samples in which ``read`` finds what it looks for, and what is wrong with the others."""
+    usable, reasons = [], []
     for sample in samples:
         try:
-            pair_of(sample)
-            pairs.append(sample)
+            read(sample)
+            usable.append(sample)
         except NoPair as error:
             reasons.append(f"sample {sample.id!r} has {error}")
-    return pairs, reasons
+    return usable, reasons

@@ -58,6 +58,7 @@ class Sample:
         group: identity of the picture for splits and controls; samples of one group stay together. Empty: unknown.
         captions: alternatives of the last assistant text, for `visit`.
         source: name of the part of a mixture that it comes from.
+        kind: of the question, for reports that tell kinds apart.
 
     Raises:
         ValueError: on creation, if the parts do not fit each other.
@@ -70,6 +71,7 @@ class Sample:
     group: str = ""
     captions: tuple[str, ...] = ()
     source: str = ""
+    kind: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -99,12 +101,13 @@ class Sample:
         answer: str,
         answers: tuple[str, ...] | None = None,
         group: str = "",
+        kind: str = "",
     ) -> Sample:
         """A question about one picture, or about several given as a tuple; `answers` is `(answer,)` unless given."""
         images = image if isinstance(image, tuple) else (image,)
         user: Message = {"role": "user", "content": [*(image_part() for _ in images), text_part(question)]}
         assistant: Message = {"role": "assistant", "content": [text_part(answer)]}
-        return cls(id, images, (user, assistant), (answer,) if answers is None else answers, group)
+        return cls(id, images, (user, assistant), (answer,) if answers is None else answers, group, kind=kind)
 
     @classmethod
     def caption(cls, id: str, image: ImageSource, captions: Sequence[str], prompt: str = "", group: str = "") -> Sample:

@@ -103,6 +103,10 @@ def list_question() -> str:
     return "What objects are in this image?"
 
 
+def detect_request() -> str:
+    return "Find all objects in this image."
+
+
 def caption_request() -> str:
     return "Describe this image."
 

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from eyespot.data.boxes import is_box, text_iou
+
+MIN_IOU = 0.5
 FINAL_PUNCTUATION = ".,;:!?"
 # Drawn indices held at once: 32 MiB of int64, whatever the number of pictures.
 MAX_DRAWN_AT_ONCE = 4_194_304
@@ -49,6 +52,22 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     if not answers or isinstance(answers, str):
         raise ValueError(f"answers is {answers!r}, at least 1 text in a tuple is needed; give ('yes',) for one answer")
     return normalize_answer(prediction) in {normalize_answer(answer) for answer in answers}
+
+
+def is_right(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether the prediction is an accepted answer: exactly, or, where the answers are boxes, with IoU 0.5 or more.
+
+    >>> is_right("It is at 10 10 50 50.", ["12 10 52 50"])
+    True
+
+    Source of the limit: Everingham et al. 2010, https://doi.org/10.1007/s11263-009-0275-4, section 4.2.
+
+    Raises:
+        ValueError: as ``exact_match``.
+    """
+    if not isinstance(answers, str) and answers and all(map(is_box, answers)):
+        return max(text_iou(prediction, answer) for answer in answers) >= MIN_IOU
+    return exact_match(prediction, answers)
 
 
 def cluster_bootstrap(

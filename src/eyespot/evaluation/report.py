@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from eyespot.evaluation.metrics import exact_match, normalize_answer
+from eyespot.evaluation.metrics import is_right, normalize_answer
 from eyespot.evaluation.runner import Evaluation, Prediction, truth_of, write_atomically
 from eyespot.processing.images import ImageInput, open_image
 
@@ -177,7 +177,7 @@ def _pair(prediction: Prediction) -> tuple[str, str]:
 
 
 def _blind_correct(prediction: Prediction) -> bool:
-    return prediction.blind_prediction is not None and exact_match(prediction.blind_prediction, prediction.answers)
+    return prediction.blind_prediction is not None and is_right(prediction.blind_prediction, prediction.answers)
 
 
 def _earlier(evaluation: Evaluation, before: Evaluation | None) -> dict[str, Prediction]:
@@ -362,7 +362,7 @@ def _picture(prediction: Prediction, thumbnail: tuple[str, bool] | None) -> str:
 
 def _marked(text: str, answers: Sequence[str]) -> str:
     """An answer with its sign, its colour and a word for those who hear the page."""
-    right = exact_match(text, answers)
+    right = is_right(text, answers)
     kind, sign, word = ("right", "✓", "right") if right else ("wrong", "✗", "wrong")
     shown = escape(text) if text.strip() else "<em>nothing</em>"
     said = f'<span aria-hidden="true">{sign}</span><span class="hidden">{word}:</span> {shown}'
@@ -376,15 +376,19 @@ def _types_section(evaluation: Evaluation) -> str:
         + [_percent(score.controls[name]) for name in names]
         for kind, score in evaluation.by_type.items()
     ]
-    head = ["Kind of answer", "Questions", "Right", "95% interval", *(CONTROL_HEADS[name] for name in names)]
+    head = ["Kind", "Questions", "Right", "95% interval", *(CONTROL_HEADS[name] for name in names)]
     words = "".join(
-        f'<p class="soft">Yes/no questions: yes is said to {_percent(score.yes_rate)} of them, neither yes nor no to '
-        f"{_percent(score.neither_rate)}; always saying yes would be right for {_percent(score.always_yes)}, always "
+        f'<p class="soft">{_yes_no_words(kind)}: yes is said to {_percent(score.yes_rate)} of them, neither yes nor no '
+        f"to {_percent(score.neither_rate)}; always saying yes would be right for {_percent(score.always_yes)}, always "
         f"saying no for {_percent(score.always_no)}.</p>"
-        for score in evaluation.by_type.values()
+        for kind, score in evaluation.by_type.items()
         if None not in (score.yes_rate, score.neither_rate, score.always_yes, score.always_no)
     )
-    return f"<section><h2>By kind of answer</h2>{_table(head, rows)}{words}</section>"
+    return f"<section><h2>By kind of question</h2>{_table(head, rows)}{words}</section>"
+
+
+def _yes_no_words(kind: str) -> str:
+    return "Yes/no questions" if kind == "yes/no" else f"Yes/no questions of kind {escape(kind)}"
 
 
 def _confusions_section(evaluation: Evaluation) -> str:

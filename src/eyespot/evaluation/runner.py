@@ -26,11 +26,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from eyespot.data.boxes import is_box
 from eyespot.evaluation.controls import blind, image_key, majority, prompt_key, shuffled
 from eyespot.evaluation.metrics import (
     Difference,
     cluster_bootstrap,
-    exact_match,
+    is_right,
     normalize_answer,
     paired_bootstrap,
 )
@@ -176,7 +177,7 @@ def evaluate(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Evaluation:
-    """Exact-match score of a model on samples, beside the same questions without their pictures.
+    """Share of right answers of a model (see ``is_right``), beside the same questions without their pictures.
 
     Greedy answers are a function of the input, so equal (images, messages) are asked once and the answer is shared: a
     thousand yes/no questions without pictures are a handful of inputs, and a shuffled question may be one that was
@@ -354,7 +355,7 @@ def _evaluation(
     groups = [sample.group for sample in samples]
     seed = settings["seed"]
     correct = {
-        condition: [exact_match(text, sample.answers) for text, sample in zip(answers, samples, strict=True)]
+        condition: [is_right(text, sample.answers) for text, sample in zip(answers, samples, strict=True)]
         for condition, answers in texts.items()
     }
     scores = {condition: _score(right, groups, seed) for condition, right in correct.items()}
@@ -399,14 +400,19 @@ def _verdict(differences: Mapping[str, Difference]) -> str:
 def _by_type(
     samples: Sequence[Sample], texts: Sequence[str], correct: Mapping[str, Sequence[bool]], seed: int
 ) -> dict[str, TypeScore]:
+    """By the kind of the question, where the data say it, else by that of the answer."""
     rows: dict[str, list[int]] = {"yes/no": [], "other": []}
     for row, sample in enumerate(samples):
-        rows["yes/no" if truth_of(sample.answers) in ("yes", "no") else "other"].append(row)
-    return {kind: _type_score(kind, chosen, samples, texts, correct, seed) for kind, chosen in rows.items() if chosen}
+        kind = sample.kind or ("yes/no" if _is_yes_no(sample) else "other")
+        rows.setdefault(kind, []).append(row)
+    return {kind: _type_score(chosen, samples, texts, correct, seed) for kind, chosen in rows.items() if chosen}
+
+
+def _is_yes_no(sample: Sample) -> bool:
+    return truth_of(sample.answers) in ("yes", "no")
 
 
 def _type_score(
-    kind: str,
     rows: Sequence[int],
     samples: Sequence[Sample],
     texts: Sequence[str],
@@ -417,10 +423,10 @@ def _type_score(
     controls = {
         name: sum(right[row] for row in rows) / len(rows) for name, right in correct.items() if name != "pictures"
     }
-    if kind != "yes/no":
+    if not all(_is_yes_no(samples[row]) for row in rows):
         return TypeScore(len(rows), score.accuracy, score.interval, controls)
     said = Counter(normalize_answer(texts[row]) for row in rows)
-    always = {word: sum(exact_match(word, samples[row].answers) for row in rows) / len(rows) for word in ("yes", "no")}
+    always = {word: sum(is_right(word, samples[row].answers) for row in rows) / len(rows) for word in ("yes", "no")}
     return TypeScore(
         len(rows),
         score.accuracy,
@@ -434,11 +440,11 @@ def _type_score(
 
 
 def _confusions(samples: Sequence[Sample], texts: Sequence[str], correct: Sequence[bool]) -> tuple[Confusion, ...]:
-    """The most frequent wrong pairs, the most frequent first, then by the alphabet."""
+    """The most frequent wrong pairs, the most frequent first, then by the alphabet; no two boxes are the same."""
     pairs = Counter(
         (truth_of(sample.answers), normalize_answer(text))
         for sample, text, right in zip(samples, texts, correct, strict=True)
-        if not right
+        if not right and not is_box(truth_of(sample.answers))
     )
     ordered = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))
     return tuple(Confusion(truth, prediction, count) for (truth, prediction), count in ordered[:NUM_CONFUSIONS])

@@ -30,7 +30,7 @@ def logical_numel(parameter: nn.Parameter) -> int:
 
 
 def count_parameters(model: nn.Module) -> list[ParameterRow]:
-    """Rows for vision, connector, language and an alignment head, and their sum. A tied weight counts once."""
+    """Rows for vision, connector, language and the heads that there are, and their sum. A tied weight counts once."""
     rows = []
     for part in PARTS:
         if (module := getattr(model, part)) is None:

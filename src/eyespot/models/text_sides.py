@@ -36,12 +36,13 @@ class QFormerSide:
     columns = ("text_ids", "text_mask")
 
     def __init__(self, model: VLM) -> None:
+        self.model = model
         self.qformer: Any = model.connector
         self.decode_id = int((model.config.alignment or {})["decode_id"])
 
     def images(self, features: Tensor) -> Tensor:
         """float [N, P, E] -> float [N, P, E]: the queries read the features anew beside each text."""
-        return features.to(self.qformer.queries.dtype)
+        return self.model.connector_inputs(features)
 
     def image_states(self, images: Tensor) -> Tensor:
         """float [N, P, E] -> the queries without any text, float [N, K, H]."""

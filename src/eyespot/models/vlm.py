@@ -28,13 +28,15 @@ from transformers.utils.generic import ModelOutput
 
 from eyespot.models.alignment import build_alignment
 from eyespot.models.attention import attention_argument, check_takes_masks, kernels, tokens_ahead
+from eyespot.models.detection import Detection
 from eyespot.models.lora import add_lora, is_adapter, merge_adapter_folder, merge_lora
 from eyespot.models.loss import causal_loss, head_logits
 from eyespot.models.merge import merge, padding_to_the_left, placeholder_mask, positions_from_mask
+from eyespot.models.vision.positions import with_positions
 from eyespot.models.vision.pretrained import vision_from_config
 from eyespot.registry import CONNECTORS, LANGUAGES, VISION
 
-PARTS = ("vision", "connector", "language", "alignment")
+PARTS = ("vision", "connector", "language", "alignment", "detection")
 TrainMode = Literal["frozen", "full", "lora"]
 IMAGE_ATTENTION = ("causal", "bidirectional")
 
@@ -50,6 +52,8 @@ class VLMConfig(PreTrainedConfig):
             and its logit is minus infinity.
         vision_layer: index into the encoder's hidden states; None takes its last hidden state.
         keep_cls: keep the tokens that stand before the patches (CLS, registers).
+        vision_positions: frequencies of the sines and cosines of its place that each patch's features are given for the
+            connector, 0 for none (see ``with_positions``).
         num_prefix_tokens: how many such tokens the encoder gives (computed when the model is composed).
         num_image_tokens: K, tokens per image after the connector (computed when the model is composed).
         image_scale: factor on the connector's output, so that images arrive at the size of the text embeddings.
@@ -59,6 +63,7 @@ class VLMConfig(PreTrainedConfig):
         alignment: the head that compares pictures with texts, for retrieval: ``{"dim": width of the shared space}``,
             and with a connector that has a text side ``decode_id``, the token that starts a caption there; None leaves
             the head out.
+        detection: whether there is a head that finds objects on the image tokens.
         float32_parts: parts kept in float32 when the model as a whole is bfloat16.
     """
 
@@ -72,12 +77,14 @@ class VLMConfig(PreTrainedConfig):
     image_token_id: int = 0
     vision_layer: int | None = None
     keep_cls: bool = False
+    vision_positions: int = 0
     num_prefix_tokens: int = 0
     num_image_tokens: int = 0
     image_scale: float = 1.0
     image_attention: str = "causal"
     lora: dict[str, Any] | None = None
     alignment: dict[str, Any] | None = None
+    detection: bool = False
     float32_parts: list[str] | None = None
     tie_word_embeddings: bool = False
 
@@ -121,7 +128,8 @@ class VLM(PreTrainedModel, GenerationMixin):
     """A vision-language model as an ordinary model of transformers.
 
     ``vision``, ``connector`` and ``language`` may be handed in ready; left out, they are built from the configuration
-    (that is how ``from_pretrained`` does it). A fourth part, ``alignment``, is None unless the configuration names it.
+    (that is how ``from_pretrained`` does it). Two heads that stages train, ``alignment`` and ``detection``, are None
+    unless the configuration asks for them.
     """
 
     config_class = VLMConfig
@@ -149,18 +157,21 @@ class VLM(PreTrainedModel, GenerationMixin):
         for part, settings in (config.lora or {}).items():
             add_lora(getattr(self, part), settings)
         self.alignment = build_alignment(config.alignment, self.connector, self.language_dim)
+        self.detection = Detection(self.language_dim) if config.detection else None
         # transformers loads everything in one dtype but for the modules named here
         self._keep_in_fp32_modules_strict = (
             {rf"^{part}\." for part in config.float32_parts or []}
             | ({r"\.lora_[AB]\."} if config.lora else set())
             | ({r"^alignment\."} if config.alignment else set())
+            | ({r"^detection\."} if config.detection else set())
         )
         self.language_inputs = set(inspect.signature(self.language.base_model.forward).parameters)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def vision_dim(self) -> int:
-        return int(self.config.vision_config.hidden_size)
+        """Width of what the connector reads."""
+        return int(self.config.vision_config.hidden_size) + 4 * self.config.vision_positions
 
     @property
     def language_dim(self) -> int:
@@ -209,9 +220,13 @@ class VLM(PreTrainedModel, GenerationMixin):
         if image_features is None:
             assert pixel_values is not None
             image_features = self.encode_images(pixel_values)  # [N, P, E]
-        dtype = next(self.connector.parameters()).dtype
-        embeds: Tensor = self.connector(image_features.to(dtype))  # [N, K, D]
+        embeds: Tensor = self.connector(self.connector_inputs(image_features))  # [N, K, D]
         return embeds * self.config.image_scale
+
+    def connector_inputs(self, image_features: Tensor) -> Tensor:
+        """Features float [N, P, E] -> in the connector's dtype, with the patches' places if it is told them."""
+        dtype = next(self.connector.parameters()).dtype
+        return with_positions(image_features.to(dtype), self.config.vision_positions)
 
     # --- the text ----------------------------------------------------------------------------------------------
 
@@ -447,7 +462,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             if getattr(self, part) is None:
                 if mode == "frozen":
                     continue
-                raise ValueError(f"the model has no {part} head; compose it with model.{part}={{dim: 256}}")
+                cure = "model.alignment={dim: 256}" if part == "alignment" else f"model.{part}=true"
+                raise ValueError(f"the model has no {part} head; compose it with {cure}")
             if mode == "lora" and part not in (self.config.lora or {}):
                 raise ValueError(f"{part} has no adapter; compose the model with {part}.lora set, or train it in full")
             bias = (self.config.lora or {}).get(part, {}).get("bias", "none")
@@ -459,7 +475,7 @@ class VLM(PreTrainedModel, GenerationMixin):
                 parameter.requires_grad_(False)
 
     def part_parameters(self, part: str) -> list[nn.Parameter]:
-        """Of vision, connector, language or alignment; none of a part that the model has not."""
+        """Of one of PARTS; none of a part that the model has not."""
         module = getattr(self, part)
         return [] if module is None else list(module.parameters())
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eyespot.config import TrainerSettings
 from eyespot.data.collate import Window
 from eyespot.models.alignment import (
     Alignment,
@@ -20,76 +19,29 @@ from eyespot.models.alignment import (
     softmax_contrastive,
 )
 from eyespot.models.text_sides import Batch, text_side
-from eyespot.models.vlm import VLM
 from eyespot.training.gather import gather_rows, gather_texts
-from eyespot.training.module import VLMModule
-from eyespot.training.processes import numbers_of_all
+from eyespot.training.losses_module import LossesModule
 
 
-class AlignModule(VLMModule):
+class AlignModule(LossesModule):
     """A VLM that learns which texts belong to which pictures; what is drawn at random depends on seed and step alone.
 
-    Every device has its rows of the global batch and computes their share of each loss: against the vectors of all
-    rows, with negatives from all rows, divided by what all rows have to be divided by. So the sum over devices is what
-    one device with all rows would compute.
+    The own rows are compared with the vectors of all rows, and negatives come from all rows.
 
     Args:
         model, settings, num_steps: see VLMModule.
         weights: of the losses, by name: contrastive, sigmoid, matching, caption.
     """
 
-    def __init__(self, model: VLM, settings: TrainerSettings, num_steps: int, weights: Mapping[str, float]) -> None:
-        super().__init__(model, settings, num_steps)
-        self.weights = dict(weights)
-
     def training_step(self, window: Window, batch_idx: int) -> None:
         """One optimizer step over a Window of one batch of pairs."""
         super().training_step(window, batch_idx)
         self.head.limit_scale()
-        names = sorted(self.shares)
-        sums = numbers_of_all([float(self.shares[name]) for name in names], self.device).sum(dim=0).tolist()
-        self.step_metrics |= {f"train/{name}": value for name, value in zip(names, sums, strict=True)}
         self.step_metrics["train/scale"] = float(self.scale)
 
-    def _backward(self, window: Window) -> Tensor:
-        """Gradients of the whole step; returns this device's share of the loss.
-
-        A step in which some device has no usable pair is skipped on all of them, for it would wait for ever.
-        """
-        counts = [int(count) for count in numbers_of_all([len(window.ids)], self.device)[:, 0]]
-        self.shares = dict.fromkeys(self.weights, torch.zeros((), device=self.device))
-        if min(counts) == 0:
-            return torch.zeros((), device=self.device)
-        draws = uniform(self.settings.seed, self.global_step, counts, self.global_rank)
-        self.shares = self.losses(window.batches[0], counts, draws)
-        loss = self._weighted(self.shares)
-        # data parallelism averages gradients; the sum over all devices is wanted
-        self.manual_backward(loss * self.trainer.world_size)
-        self.shares = {name: share.detach() for name, share in self.shares.items()}
-        return loss.detach()
-
-    def validation_step(self, window: Window, batch_idx: int) -> None:
-        """Losses of a batch in which every device has rows; if one has none left, of the own rows alone."""
-        counts = [int(count) for count in numbers_of_all([len(window.ids)], self.device)[:, 0]]
-        rank = self.global_rank
-        if min(counts) == 0:
-            counts, rank = [len(window.ids)], 0
-        if not window.ids:
-            return
-        draws = uniform(self.settings.seed, batch_idx, counts, rank)
-        shares = self.losses(window.batches[0], counts, draws)
-        sums = [float(self._weighted(shares)), *(float(shares[name]) for name in self.weights), 0]
-        self._validated += torch.tensor(sums, dtype=torch.float64) * sum(counts)
-        self._validated[-1] += len(window.ids)
-
-    def on_validation_epoch_start(self) -> None:
-        self._validated = torch.zeros(2 + len(self.weights), dtype=torch.float64)  # summed losses, and rows
-
-    def on_validation_epoch_end(self) -> None:
-        *sums, count = numbers_of_all(self._validated.tolist(), self.device).sum(0).tolist()
-        for name, total in zip(("loss", *self.weights), sums, strict=True):
-            if count:
-                self.log(f"val/{name}", total / count, sync_dist=True)
+    def shares_of(self, batch: Batch, counts: Sequence[int], step: int, rank: int) -> dict[str, Tensor]:
+        """See LossesModule; batch: see PairCollator."""
+        return self.losses(batch, counts, uniform(self.settings.seed, step, counts, rank))
 
     def losses(self, batch: Batch, counts: Sequence[int], draws: Tensor) -> dict[str, Tensor]:
         """This device's share of each loss, float32 scalars by name.
@@ -177,13 +129,6 @@ class AlignModule(VLMModule):
         labels = (torch.arange(len(shown), device=images.device) < len(images)).long()
         logits = self.head.match_logits(side.match_states(shown, *told))
         return F.cross_entropy(logits, labels, reduction="sum") / self._total(len(labels), counts)
-
-    def _total(self, own: int, counts: Sequence[int]) -> int:
-        """The sum over the devices that take part."""
-        return own if len(counts) == 1 else int(numbers_of_all([own], self.device).sum())
-
-    def _weighted(self, shares: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([self.weights[name] * share for name, share in shares.items()]).sum()
 
 
 def uniform(seed: int, step: int, counts: Sequence[int], rank: int) -> Tensor:

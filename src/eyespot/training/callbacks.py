@@ -37,6 +37,7 @@ class Reporter(lightning.Callback):
         self.log_every, self.console = log_every, console
         self.curve: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
+        self.measured: dict[str, float] = {}  # by the last validation
         self.rejected: list[Rejected] = []
         self.samples_seen = 0
         self.seconds = 0.0
@@ -88,9 +89,13 @@ class Reporter(lightning.Callback):
         self._since = (then + time.perf_counter() - self._paused, samples, tokens)
         if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
             return
-        loss = float(trainer.callback_metrics["val/loss"])
+        metrics = trainer.callback_metrics.items()
+        found = {name.removeprefix("val/"): float(value) for name, value in metrics if name.startswith("val/")}
+        loss = found.pop("loss")
         self.validation.append((trainer.global_step, loss))
-        self.console.print(f"step {trainer.global_step}: validation loss {loss:.4f}")
+        self.measured = found
+        others = "".join(f", {name} {value:.4f}" for name, value in found.items())
+        self.console.print(f"step {trainer.global_step}: validation loss {loss:.4f}{others}")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._progress.stop()
@@ -99,11 +104,15 @@ class Reporter(lightning.Callback):
         self._progress.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curve": self.curve, "validation": self.validation, "seconds": self.seconds, "seen": self.samples_seen}
+        return {
+            "curve": self.curve, "validation": self.validation, "measured": self.measured, "seconds": self.seconds,
+            "seen": self.samples_seen,
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve = [(int(s), float(v)) for s, v in state_dict["curve"]]
         self.validation = [(int(s), float(v)) for s, v in state_dict["validation"]]
+        self.measured = dict(state_dict["measured"])
         self.seconds, self.samples_seen = state_dict["seconds"], state_dict["seen"]
 
 

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from eyespot.compose import build_from_settings, load_checkpoint, load_trained, save, with_dtypes
 from eyespot.config import (
+    PAIR_KINDS,
     ConfigError,
     DataSettings,
     ModelSettings,
@@ -49,7 +50,11 @@ from eyespot.registry import AUGMENTATIONS, FILTERS, closest
 
 if TYPE_CHECKING:
     from eyespot.data.augmenter import Augmenter
+    from eyespot.data.collate import Collator
+    from eyespot.data.datamodule import VLMDataModule
     from eyespot.data.features import FeatureStore
+    from eyespot.training.checkpoint import CheckpointWriter
+    from eyespot.training.module import VLMModule
     from eyespot.training.stages import Measure, Stage
 
 BeforeTraining = Callable[[Assistant], None]
@@ -412,13 +417,7 @@ def _fit(
 ) -> Run:
     import lightning
 
-    from eyespot.data.collate import Collator
-    from eyespot.data.datamodule import VLMDataModule
-    from eyespot.data.pairs import PairCollator
-    from eyespot.training.align_module import AlignModule
     from eyespot.training.callbacks import Checkpoints, Reporter, SampleAnswers
-    from eyespot.training.checkpoint import CheckpointWriter
-    from eyespot.training.module import VLMModule
     from eyespot.training.processes import SameStart, is_first_process
 
     trainer_settings = settings.trainer
@@ -427,61 +426,32 @@ def _fit(
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     lightning.seed_everything(trainer_settings.seed, verbose=False)
     model_settings = with_tokenizer(settings.model, train_samples) if stage is None else stage.model
-    model, processor = build_from_settings(model_settings)
-    if stage is not None:
-        stage.prepare(model)
-    if trainer_settings.gradient_checkpointing:
-        # transformers 5.23 renamed it
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if trainer_settings.compile:
-        compile_layers(model)
-    row_length = settings.data.row_length if settings.data.packing else None
-    collator = Collator(processor, trainer_settings.accumulate, settings.data.max_length, row_length)
-    if resume is None and model_settings.connector.calibrate and (stage is None or stage.calibrates):
-        calibrate(model, collator([train_samples[:CALIBRATION_SAMPLES]]).batches, console)
-    pair_losses = {} if stage is None else stage.losses
-    if pair_losses:
-        has_text_side = processor.text_tokenizer is not None
-        collator = PairCollator(processor, rows=not has_text_side, max_length=settings.data.max_length)
+    model, processor = _composed(settings, model_settings, stage)
     if resume is not None:
         load_trained(model, resume)
         model.config.image_scale = json.loads((resume / "config.json").read_text())["image_scale"]
         console.print(f"going on from {resume}", markup=False)
+    elif model_settings.connector.calibrate and (stage is None or stage.calibrates):
+        words = make_collator(settings.data, 1, processor)
+        calibrate(model, words([train_samples[:CALIBRATION_SAMPLES]]).batches, console)
     console.print(parameter_table(model))
-    data = VLMDataModule(
-        train_samples,
-        validation[: trainer_settings.validation_limit],
-        collator,
-        batch_size=trainer_settings.batch_size,
-        share=settings.data.share if settings.data.packing and not pair_losses else 1,
-        epochs=trainer_settings.epochs,
-        seed=trainer_settings.seed,
-        num_workers=num_workers_of(trainer_settings, device),
-        world=trainer_settings.devices * trainer_settings.num_nodes,
-        weights=mixture.weights_of(settings.data.train),
-        augmenter=make_augmenter(settings.data),
-    )
+    data = _data(settings, processor, stage, train_samples, validation, device)
     for line in data.train_units.augmentation():
         console.print(f"augmentation: {line}", markup=False)
     num_steps = min(data.sampler.num_steps, trainer_settings.max_steps or data.sampler.num_steps)
     assistant = Assistant(model, processor, str(device))
-    collator.features = cached_features(settings, assistant, data.pictures(num_steps), console)
+    data.collator.features = cached_features(settings, assistant, data.pictures(num_steps), console)
     if resume is None and before_training is not None and is_first_process():
         before_training(assistant)
     # what is drawn from here on must not depend on what was drawn above, say because no features were cached yet
     lightning.seed_everything(trainer_settings.seed, verbose=False)
-    if is_first_process():
-        processor.save_pretrained(folder / "processor")
-    writer = CheckpointWriter(
-        folder / "checkpoints", model, model_settings, trainer_settings.seed, folder / "processor",
-        None if stage is None else stage.train,
-        None if stage is None or not is_first_process() else stage.write_earlier(folder),
-    )  # fmt: skip
+    writer = _writer(folder, model, model_settings, processor, trainer_settings.seed, stage)
     reporter = Reporter(trainer_settings.log_every, console)
     checkpoints = Checkpoints(
         writer, trainer_settings.checkpoint_every, trainer_settings.keep_best, trainer_settings.patience
     )
-    shown = [] if pair_losses else (validation or train_samples)[: trainer_settings.num_samples]
+    speaks = stage is None or not stage.losses
+    shown = (validation or train_samples)[: trainer_settings.num_samples] if speaks else []
     answers = SampleAnswers(shown, assistant, trainer_settings.samples_every, folder / "samples.jsonl", console)
     start = SameStart(
         {
@@ -492,9 +462,7 @@ def _fit(
     trainer = make_trainer(
         settings, device, folder, num_steps, [start, reporter, answers, checkpoints], validates=bool(validation)
     )
-    module = VLMModule(model, trainer_settings, num_steps)
-    if pair_losses:
-        module = AlignModule(model, trainer_settings, num_steps, pair_losses)
+    module = _module(model, trainer_settings, num_steps, stage)
     if resume is not None:
         module.last_good = str(resume)
     model.train()
@@ -505,20 +473,98 @@ def _fit(
             checkpoints.save(trainer, module)
     if trainer_settings.strategy == "fsdp" and trainer.is_global_zero:
         model, processor = load_checkpoint(Path(module.last_good))  # the model that was trained is in pieces
-    if finished:
+    assistant = Assistant(model, processor, str(device))
+    if finished and trainer.is_global_zero:
         record = {
             "settings": to_dict(settings), "steps": trainer.global_step, "samples": reporter.samples_seen,
             "seconds": reporter.seconds, "curve": reporter.curve, "validation": reporter.validation,
+            "measured": reporter.measured,
         }  # fmt: skip
-        if trainer.is_global_zero and stage is None:
+        if stage is None:
             save_whole(model, processor, folder / "model", record)
-        elif trainer.is_global_zero and stage is not None:
-            held_out = validation[: trainer_settings.validation_limit]
-            stage.finish(folder, record, Assistant(model, processor, str(device)), held_out)
+        else:
+            stage.finish(folder, record, assistant, validation[: trainer_settings.validation_limit])
     return Run(
         folder, settings, finished, trainer.global_step, reporter.samples_seen, reporter.seconds, reporter.curve,
-        reporter.validation, checkpoints.stopped_by, Assistant(model, processor, str(device)),
+        reporter.validation, checkpoints.stopped_by, assistant,
     )  # fmt: skip
+
+
+def _composed(settings: TrainSettings, model_settings: ModelSettings, stage: Stage | None) -> tuple[Any, Any]:
+    """Model and processor as the training starts with them, but for what a checkpoint adds."""
+    model, processor = build_from_settings(model_settings)
+    if stage is not None:
+        stage.prepare(model)
+    if settings.trainer.gradient_checkpointing:
+        # transformers 5.23 renamed it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if settings.trainer.compile:
+        compile_layers(model)
+    return model, processor
+
+
+def make_collator(data: DataSettings, accumulate: int, processor: Any, kind: str = "instruct") -> Collator:
+    """What makes batches of samples for a kind of stage."""
+    from eyespot.data.collate import Collator
+    from eyespot.data.objects import ObjectCollator
+    from eyespot.data.pairs import PairCollator
+
+    if kind == "detect":
+        return ObjectCollator(processor)
+    if kind in PAIR_KINDS:
+        return PairCollator(processor, rows=processor.text_tokenizer is None, max_length=data.max_length)
+    return Collator(processor, accumulate, data.max_length, data.row_length if data.packing else None)
+
+
+def _data(
+    settings: TrainSettings,
+    processor: Any,
+    stage: Stage | None,
+    train_samples: Sequence[Sample],
+    validation: Sequence[Sample],
+    device: torch.device,
+) -> VLMDataModule:
+    from eyespot.data.datamodule import VLMDataModule
+
+    data, trainer = settings.data, settings.trainer
+    one_by_one = stage is not None and stage.losses
+    return VLMDataModule(
+        train_samples,
+        validation[: trainer.validation_limit],
+        make_collator(data, trainer.accumulate, processor, "instruct" if stage is None else stage.kind),
+        batch_size=trainer.batch_size,
+        share=data.share if data.packing and not one_by_one else 1,
+        epochs=trainer.epochs,
+        seed=trainer.seed,
+        num_workers=num_workers_of(trainer, device),
+        world=trainer.devices * trainer.num_nodes,
+        weights=mixture.weights_of(data.train),
+        augmenter=make_augmenter(data),
+    )
+
+
+def _module(model: Any, settings: TrainerSettings, num_steps: int, stage: Stage | None) -> VLMModule:
+    from eyespot.training.align_module import AlignModule
+    from eyespot.training.detect_module import DetectModule
+    from eyespot.training.module import VLMModule
+
+    if stage is None or not stage.losses:
+        return VLMModule(model, settings, num_steps)
+    return (DetectModule if stage.kind == "detect" else AlignModule)(model, settings, num_steps, stage.losses)
+
+
+def _writer(
+    folder: Path, model: Any, model_settings: ModelSettings, processor: Any, seed: int, stage: Stage | None
+) -> CheckpointWriter:
+    from eyespot.training.checkpoint import CheckpointWriter
+    from eyespot.training.processes import is_first_process
+
+    earlier = None
+    if is_first_process():
+        processor.save_pretrained(folder / "processor")
+        earlier = None if stage is None else stage.write_earlier(folder)
+    train = None if stage is None else stage.train
+    return CheckpointWriter(folder / "checkpoints", model, model_settings, seed, folder / "processor", train, earlier)
 
 
 def make_trainer(

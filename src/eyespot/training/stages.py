@@ -23,7 +23,8 @@ from rich.console import Console
 
 from eyespot.compose import EARLIER_FILE, all_trained, load_parts
 from eyespot.config import (
-    PAIR_LOSSES,
+    KIND_LOSSES,
+    PAIR_KINDS,
     ConfigError,
     ModelSettings,
     PreferenceData,
@@ -36,7 +37,8 @@ from eyespot.config import (
     to_dict,
 )
 from eyespot.data import mixture
-from eyespot.data.pairs import find_pairs
+from eyespot.data.objects import objects_of
+from eyespot.data.pairs import pair_of, usable_samples
 from eyespot.data.sample import Sample
 from eyespot.inference import Assistant
 from eyespot.models.vlm import VLM
@@ -63,13 +65,14 @@ LOOKED_AT = 16  # samples of each stage that are read before the first one start
 class Stage:
     """What makes a run a stage.
 
-    model: what all stages compose, tokenizers included. train: part to mode. losses: of pairs, by name; none means the
-    language model's. calibrates: pictures meet the language model for the first time. before: the last checkpoint of
+    model: what all stages compose, tokenizers included. train: part to mode. losses: by name; none means the language
+    model's. calibrates: pictures meet the language model for the first time. before: the last checkpoint of
     the stage before, None of a first one. measure: how well texts and pictures are found, told by the trained model and
     samples that it has not learned from.
     """
 
     name: str
+    kind: str
     model: ModelSettings
     train: dict[str, Any]
     losses: dict[str, float]
@@ -78,14 +81,13 @@ class Stage:
     measure: Measure | None
 
     def check_data(self, samples: Sequence[Sample]) -> None:
-        """Raise ConfigError if the stage compares pictures with texts and no sample has one of each."""
+        """Raise ConfigError if the stage compares pictures with texts, or looks for objects, and no sample has any."""
         if not self.losses:
             return
-        pairs, reasons = find_pairs(samples)
-        if not pairs:
-            raise ConfigError(
-                f"stage {self.name!r} compares pictures with texts; {len(samples)} samples hold no pair: {reasons[0]}"
-            )
+        usable, reasons = usable_samples(samples, objects_of if self.kind == "detect" else pair_of)
+        if not usable:
+            wants = "looks for objects" if self.kind == "detect" else "compares pictures with texts"
+            raise ConfigError(f"stage {self.name!r} {wants}; none of {len(samples)} samples is usable: {reasons[0]}")
 
     def prepare(self, model: VLM) -> None:
         """Set what learns, and put the tensors of earlier stages over a model that was just composed."""
@@ -109,8 +111,8 @@ class Stage:
 
     def finish(self, folder: Path, record: dict[str, Any], assistant: Assistant, held_out: Sequence[Sample]) -> None:
         """Write the record, which ends the stage; before it, what ``measure`` finds on samples that were held out."""
-        pairs, _ = find_pairs(held_out)
-        if self.losses and self.measure is not None and pairs:
+        pairs, _ = usable_samples(held_out, pair_of)
+        if self.kind in PAIR_KINDS and self.measure is not None and pairs:
             record["retrieval"] = dict(self.measure(assistant, pairs))
             write_json(folder / MEASURE_FILE, record["retrieval"])
         write_json(folder / RECORD_FILE, {"stage": self.name, "train": self.train, "losses": self.losses, **record})
@@ -171,6 +173,7 @@ def stage_of(settings: TrainSettings, number: int, model: ModelSettings, measure
     first = next((i for i, stage in enumerate(stages) if _speaks(stage, settings.model)), None)
     return Stage(
         stages[number].name,
+        stages[number].kind,
         model,
         to_dict(stages[number].train),
         stage_losses(stages[number]),
@@ -182,7 +185,9 @@ def stage_of(settings: TrainSettings, number: int, model: ModelSettings, measure
 
 def _speaks(stage: StageSettings, model: ModelSettings) -> bool:
     """Whether the language model reads pictures in a stage."""
-    return stage.kind not in PAIR_LOSSES or (model.alignment is not None and model.alignment.tokenizer is None)
+    if stage.kind in PAIR_KINDS:
+        return model.alignment is not None and model.alignment.tokenizer is None
+    return stage.kind not in KIND_LOSSES
 
 
 def folder_of(settings: TrainSettings, number: int) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eyespot.data import wording
-from eyespot.data.boxes import Box
+from eyespot.data.boxes import Box, named_text
 from eyespot.data.formats.records import BadRecord, existing_file, image_file
 from eyespot.data.sample import Rejected, Sample
 from eyespot.registry import closest
@@ -64,11 +64,12 @@ def read_detection(
     - count: how many X? For every X as many pictures with 1 as with 2, 3, 4 and 5; a X that was never marked five
       times is not counted. Pictures with a crowd of X are left out.
     - where: where is the X? Of what occurs once and is no crowd; the answer is written by `Box.to_text`.
+    - detect: find all objects. Every one with its box, from left to right; pictures with a crowd are left out.
 
     Args:
         path: the JSON file.
         image_folder: where file names start; the folder of the JSON file unless given.
-        questions: some of the four kinds; all unless given.
+        questions: some of the five kinds; all unless given.
         absent: pictures without X are drawn at random, or ("adversarial") are those with what X is mostly seen with.
         seed: of what is drawn at random.
 
@@ -92,7 +93,7 @@ def read_detection(
     for index, picture in enumerate(pictures):
         for number, (kind, question, answer) in enumerate(asked[index]):
             id = f"{file.stem}:{picture.id}:{kind}:{number}"
-            yield Sample.question(id, picture.path, question, answer, group=picture.path)
+            yield Sample.question(id, picture.path, question, answer, group=picture.path, kind=kind)
 
 
 def _content(file: Path) -> dict[str, list[Any]]:
@@ -232,9 +233,18 @@ def ask_where(pictures: Sequence[Picture], absent: str, rng: random.Random) -> Q
                 yield index, wording.where_question(wording.english(name)), box.to_text()
 
 
+def ask_detect(pictures: Sequence[Picture], absent: str, rng: random.Random) -> Questions:
+    for index, picture in enumerate(pictures):
+        objects = [(name, box) for name, boxes in picture.boxes.items() for box in boxes]
+        if objects and not picture.crowds:
+            objects.sort(key=lambda found: (found[1].centre, found[0]))
+            yield index, wording.detect_request(), named_text(objects)
+
+
 KINDS: dict[str, Callable[[Sequence[Picture], str, random.Random], Questions]] = {
     "list": ask_list,
     "presence": ask_presence,
     "count": ask_count,
     "where": ask_where,
+    "detect": ask_detect,
 }

@@ -42,7 +42,7 @@ def read_scenes(
         language: of the names; sentences are English.
         image_size: pixels of a side. What is in a scene does not depend on it.
         questions: kinds, asked of each scene where it allows them; one that is named twice is asked about two things.
-            All ten kinds once unless given: see `eyespot.data.scenes.questions`.
+            All eleven kinds once unless given: see `eyespot.data.scenes.questions`.
 
     Raises:
         ImportError: a package is missing.
@@ -74,7 +74,7 @@ def draw_scene(cast: Cast, name: str, image_size: int) -> tuple[Scene, str | Non
 def _sample(id: str, group: str, scene: Scene, kind: str, question: Question) -> Sample:
     if kind == "caption":
         return Sample.caption(id, scene.picture, question.answers, question.text, group)
-    return Sample.question(id, scene.picture, question.text, question.answers[0], question.answers, group)
+    return Sample.question(id, scene.picture, question.text, question.answers[0], question.answers, group, kind)
 
 
 def _check(num_scenes: int | None, start: int, image_size: int, kinds: list[str]) -> None:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from eyespot.data import wording
+from eyespot.data.boxes import named_text
 from eyespot.data.scenes.cast import Cast
-from eyespot.data.scenes.scene import Scene
+from eyespot.data.scenes.scene import Scene, SceneObject
 from eyespot.data.wording import Noun
 
 MIN_APART = 0.2
@@ -213,10 +214,21 @@ def caption(asker: Asker) -> Question | None:
     return Question(wording.caption_request(), tuple(dict.fromkeys((plain, other, f"{plain} {stated}"))))
 
 
+def detect(asker: Asker) -> Question | None:
+    """Find all objects: every one with its box, from left to right."""
+    if asker.pick(["detect"]) is None:
+        return None
+    text = named_text((asker.nouns[thing.char].name, thing.box) for thing in _sorted(asker))
+    return Question(wording.detect_request(), (text,))
+
+
+def _sorted(asker: Asker) -> list[SceneObject]:
+    return sorted(asker.scene.objects, key=lambda thing: thing.box.centre)
+
+
 def _from_left(asker: Asker) -> list[str]:
     """The characters of the scene, by the centre of the first of each kind."""
-    things = sorted(asker.scene.objects, key=lambda thing: thing.box.centre)
-    return list(dict.fromkeys(thing.char for thing in things))
+    return list(dict.fromkeys(thing.char for thing in _sorted(asker)))
 
 
 KINDS: dict[str, Callable[[Asker], Question | None]] = {
@@ -230,4 +242,5 @@ KINDS: dict[str, Callable[[Asker], Question | None]] = {
     "where": where,
     "list": list_objects,
     "caption": caption,
+    "detect": detect,
 }

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 class LinearConnector(nn.Module):
     """[N, P, E] -> [N, P, D] (LLaVA 1, arXiv 2304.08485)."""
 
+    keeps_grid = True  # tokens are in the order of the patches
+
     def __init__(self, vision_dim: int, language_dim: int, *, bias: bool = True) -> None:
         super().__init__()
         self.proj = nn.Linear(vision_dim, language_dim, bias=bias)

@@ -20,6 +20,8 @@ class MLPConnector(nn.Module):
         init: "xavier" (uniform weights, zero biases; Glorot & Bengio 2010) or "default" (PyTorch's own).
     """
 
+    keeps_grid = True  # tokens are in the order of the patches
+
     def __init__(
         self,
         vision_dim: int,

@@ -38,6 +38,8 @@ class PixelShuffleConnector(nn.Module):
     Each square of ``factor`` x ``factor`` patches, read row by row, becomes one token of width E * factor^2.
     """
 
+    keeps_grid = True  # tokens are in the order of the patches
+
     def __init__(self, vision_dim: int, language_dim: int, *, factor: int = 2, bias: bool = False) -> None:
         super().__init__()
         if factor < 1:
