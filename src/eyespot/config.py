@@ -221,14 +221,17 @@ class StageModes:
 @dataclass
 class StageLosses:
     """Weights of the losses; 0 leaves a loss out. contrastive: CLIP's softmax; sigmoid: SigLIP's; matching: does this
-    text belong to this picture, with hard negatives; caption: the next word; names, boxes: of what is in a picture."""
+    text belong to this picture, with hard negatives; caption: the next word; names, words, boxes,
+    counts: of what is in a picture."""
 
     contrastive: float = 0.0
     sigmoid: float = 0.0
     matching: float = 0.0
     caption: float = 0.0
     names: float = 0.0
+    words: float = 0.0
     boxes: float = 0.0
+    counts: float = 0.0
 
 
 StageKind = Literal["contrastive", "matching", "joint", "detect", "caption", "align", "instruct", "preference"]
@@ -237,13 +240,13 @@ KIND_LOSSES = {  # of the kinds in which the language model is not asked for its
     "contrastive": ("contrastive", "sigmoid"),
     "matching": ("matching",),
     "joint": ("contrastive", "matching", "caption", "sigmoid"),
-    "detect": ("names", "boxes"),
+    "detect": ("names", "words", "boxes", "counts"),
 }
 DEFAULT_LOSSES = {
     "contrastive": ("contrastive",),
     "matching": ("matching",),
     "joint": ("contrastive", "matching", "caption"),
-    "detect": ("names", "boxes"),
+    "detect": ("names", "words", "boxes", "counts"),
 }
 # what must be the same in all stages, which share their processes and their untrained weights
 RUN_WIDE = ("seed", "device", "devices", "num_nodes", "strategy", "timeout_s")
@@ -256,7 +259,7 @@ class StageSettings:
     kind: "contrastive", "matching" and "joint" (both, and captioning) compare pictures with texts and need
     ``model.alignment``; "detect" teaches image tokens what is where; "caption", "align" (the connector only) and
     "instruct" let the language model speak; "preference" is DPO. train: see StageModes. losses: contrastive or matching
-    alone, those of joint, or names and boxes, unless given.
+    alone, those of joint, or those of detect, unless given.
     data, trainer: what differs from the run's own; for "preference" see PreferenceData and PreferenceTrainer.
     """
 

@@ -12,10 +12,12 @@ from eyespot.models.detection import (
     Detection,
     Objects,
     box_loss,
+    count_loss,
     generalized_iou,
     name_loss,
     name_targets,
     name_vectors,
+    word_loss,
 )
 from eyespot.models.vision.positions import grid_side, with_positions
 from tiny import collate, make_rows, make_vlm
@@ -68,6 +70,24 @@ def test_name_loss_is_a_sum_over_cells_and_names() -> None:
         likelihood = probability if target else 1 - probability
         total += -math.log(likelihood) * (probability - target) ** 2
     assert float(name_loss(logits, targets)) == pytest.approx(total, rel=1e-5)
+
+
+def test_count_loss() -> None:
+    logits = torch.tensor([[[2.0], [2.0], [-9.0]]])
+    two = torch.tensor([[[1.0], [0.0], [1.0]]])
+    total = 2 / (1 + math.exp(-2)) + 1 / (1 + math.exp(9))
+    assert float(count_loss(logits, two)) == pytest.approx((total - 2) ** 2 / 2, rel=1e-4)  # smooth: squared below 1
+    assert float(count_loss(logits, torch.zeros(1, 3, 1))) == pytest.approx(total - 0.5, rel=1e-5)
+
+
+def test_word_loss() -> None:
+    tokens = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(0))
+    names = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    total = 0.0
+    for image, cell, name in ((0, 0, 2), (0, 11, 0), (1, 15, 2)):
+        token, word = tokens[image, cell], names[name]
+        total += 1 - float(token @ word) / (math.sqrt(float(token @ token)) * math.sqrt(float(word @ word)))
+    assert float(word_loss(tokens, names, OBJECTS)) == pytest.approx(total, rel=1e-5)
 
 
 def test_box_loss() -> None:

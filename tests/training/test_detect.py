@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_it_learns_what_is_where(learned: Run) -> None:
     record = json.loads((learned.folder / "model" / "training.json").read_text())["stages"][0]
-    assert record["losses"] == {"names": 1.0, "boxes": 1.0} and record["steps"] == 160
-    assert set(record["measured"]) == {"names", "boxes", "found", "right", "iou"}
+    assert record["losses"] == dict.fromkeys(("names", "words", "boxes", "counts"), 1.0) and record["steps"] == 160
+    assert set(record["measured"]) == {"names", "words", "boxes", "counts", "found", "right", "iou"}
     assert record["curve"][-1][1] < 0.2 * record["curve"][0][1]
     assert record["measured"]["found"] > 0.8 and record["measured"]["right"] > 0.8 and record["measured"]["iou"] > 0.5
 
@@ -74,6 +75,12 @@ def test_what_it_tells_is_what_the_model_finds(learned: Run) -> None:
     assert measured["found"] == pytest.approx(int((said & true).sum()) / int(true.sum()))
     assert measured["right"] == pytest.approx(int((said & true).sum()) / int(said.sum()))
     assert measured["iou"] == pytest.approx(float(generalized_iou(found, objects.box).clamp(min=0).mean()), abs=1e-5)
+
+
+def test_a_signal_between_two_stages_is_not_swallowed(learned: Run) -> None:
+    """The training of a stage answers signals in its own way, and only as long as it runs."""
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_language_model_goes_on_with_it(learned: Run) -> None:

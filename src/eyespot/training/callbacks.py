@@ -8,7 +8,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ from eyespot.training.processes import from_all
 
 STOP_SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGUSR1") if n in signal.Signals.__members__]
 SAME_SIGNAL_S = 2.0  # torchrun passes on a Ctrl+C that the terminal has sent to every process already
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """What a signal does is the same behind this as before; both Lightning and ``Checkpoints`` change it meanwhile."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Reporter(lightning.Callback):
@@ -167,7 +179,6 @@ class Checkpoints(lightning.Callback):
         self.scores: dict[str, float] = {}
         self.stopped_by: str | None = None
         self.bad_validations = 0
-        self._handlers: dict[int, Any] = {}
         self._resumed: list[dict[str, Any]] = []
         self._asked_at = math.inf
 
@@ -177,7 +188,7 @@ class Checkpoints(lightning.Callback):
         elif trainer.global_rank > 0:
             torch.manual_seed(pl_module.settings.seed + trainer.global_rank)  # dropout of its own
         for number in STOP_SIGNALS:
-            self._handlers[number] = signal.signal(number, functools.partial(self._ask_to_stop, trainer, pl_module))
+            signal.signal(number, functools.partial(self._ask_to_stop, trainer, pl_module))
 
     def _ask_to_stop(self, trainer: Any, pl_module: Any, number: int, frame: Any) -> None:
         if pl_module.stop_signal and time.monotonic() > self._asked_at + SAME_SIGNAL_S:
@@ -196,6 +207,8 @@ class Checkpoints(lightning.Callback):
             trainer.limit_val_batches = 0  # whoever stops a run does not want to wait for a validation
         if self.stopped_by is not None or trainer.global_step % self.every == 0:
             self.save(trainer, pl_module)
+        if trainer.global_step == pl_module.num_steps:
+            trainer.should_stop = True  # Lightning then validates once more, if this step is not a turn for it anyway
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
@@ -221,11 +234,6 @@ class Checkpoints(lightning.Callback):
         self.scores = {name: self.scores[name] for name in best}
         if trainer.is_global_zero:
             self.writer.keep_only({last, *(self.writer.folder / name for name in best)})
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": self.scores, "bad": self.bad_validations, "random": from_all(random_state())}

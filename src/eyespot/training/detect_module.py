@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from eyespot.models.detection import (
     Detection,
     Objects,
     box_loss,
+    count_loss,
     generalized_iou,
     name_loss,
     name_targets,
     name_vectors,
+    word_loss,
 )
 from eyespot.models.text_sides import Batch
 from eyespot.training.gather import gather_texts
@@ -30,20 +34,26 @@ class DetectModule(LossesModule):
 
     Args:
         model, settings, num_steps: see VLMModule.
-        weights: of the losses, by name: names, boxes.
+        weights: of the losses, by name: names, words, boxes, counts.
     """
 
     metrics = ("found", "right", "iou")
 
     def shares_of(self, batch: Batch, counts: Sequence[int], step: int, rank: int) -> dict[str, Tensor]:
         """See LossesModule; batch: see ObjectCollator."""
-        tokens = self.model.embed_images(batch.get("pixel_values"), batch.get("image_features"))  # [N, K, D]
+        tokens, scores = self._cells(batch)
         names, objects = self._global_names(batch, counts)
         num_objects = max(1, self._total(len(objects.name), counts))
         self._found = logits, boxes = self._read(tokens, names, objects)
         targets = name_targets(objects, logits.shape)
+        names_found, names_there = logits, targets
+        if scores is not None:  # as if "something" were a name, too
+            names_found = torch.cat([logits, scores.float().unsqueeze(-1)], dim=-1)
+            names_there = torch.cat([targets, targets.amax(-1, keepdim=True)], dim=-1)
         shares = {
-            "names": name_loss(logits, targets) / num_objects,
+            "names": name_loss(names_found, names_there) / num_objects,
+            "words": word_loss(tokens, names, objects) / num_objects,
+            "counts": count_loss(logits, targets) / num_objects,
             "boxes": box_loss(boxes, objects.box, tokens.shape[1]) / num_objects,
         }
         self._objects = objects
@@ -61,6 +71,17 @@ class DetectModule(LossesModule):
             "right": (right, float(said.sum())),
             "iou": (float(ious.sum()), len(ious)),
         }
+
+    def _cells(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What every cell of the grid is as a token, [N, K, D], and how much it is worth keeping, [N, K] or None."""
+        features = batch.get("image_features")
+        if features is None:
+            features = self.model.encode_images(batch["pixel_values"])
+        connector: Any = self.model.connector
+        if hasattr(connector, "all_cells"):
+            cells: tuple[Tensor, Tensor | None] = connector.all_cells(self.model.connector_inputs(features))
+            return cells
+        return self.model.embed_images(image_features=features), None
 
     @property
     def head(self) -> Detection:
