@@ -213,7 +213,20 @@ def test_a_whole_run_shrunk(recipe: str, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["ask", str(folder / "model"), str(picture), "what?", "--max-new-tokens", "3"]) == 0
 
 
-@pytest.mark.parametrize("recipe", [*SOURCES, "quickstart", "scratch_tiny", "smoke"])
+def test_scenes_shrunk(tmp_path: Path) -> None:
+    """What is where, then words with short answers, then boxes; one process, which starts sooner than two."""
+    pytest.importorskip("emoji")
+    words = ["recipe=scenes", "+shrink=true", "trainer.devices=1", f"output_dir={tmp_path}"]
+    assert main(["train", *words]) == 0
+    folder = tmp_path / "scenes_shrunk"
+    stages = json.loads((folder / "model" / "training.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages] == ["detect", "look", "point"]
+    assert set(stages[0]["measured"]) >= {"found", "right", "iou"} and stages[2]["validation"]
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["by_type"]) <= {"presence_random", "relation", "count", "where"}
+
+
+@pytest.mark.parametrize("recipe", [*SOURCES, "quickstart", "scratch_tiny", "scenes", "smoke"])
 def test_shrinking_keeps_what_a_recipe_is_made_of(recipe: str) -> None:
     whole, small = (compose_settings([f"recipe={recipe}", *more]) for more in ([], ["+shrink=true"]))
     assert small.name == f"{recipe}_shrunk"

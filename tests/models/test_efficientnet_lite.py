@@ -114,6 +114,39 @@ def test_a_picture_keeps_its_features_in_any_batch_and_in_training() -> None:
     assert torch.equal(in_training, together)
 
 
+def test_order_in_memory_and_padding_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channel beside channel and padding by the convolution itself, against plane behind plane and padded copies."""
+    model = build_efficientnet_lite(image_size=72, features="blocks", num_blocks=11, pretrained=False)
+    pixels = torch.randn(2, 3, 72, 72, generator=torch.Generator().manual_seed(0))
+    ours = model(pixels).last_hidden_state
+    ours.square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    def padded(self: SamePadConv2d, input: torch.Tensor) -> torch.Tensor:
+        height, width = (self._pad(input.shape[dim - 2], dim) for dim in (0, 1))
+        return nn.Conv2d.forward(self, F.pad(input.contiguous(), (*width, *height)))
+
+    monkeypatch.setattr(SamePadConv2d, "forward", padded)
+    naive = model(pixels).last_hidden_state
+    naive.square().sum().backward()
+    torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@needs_weights
+@pytest.mark.parametrize(("num_blocks", "width", "stride"), [(1, 16, 2), (3, 24, 4), (11, 112, 16), (16, 320, 32)])
+def test_cut_at_any_block(num_blocks: int, width: int, stride: int) -> None:
+    whole = build_efficientnet_lite(image_size=64, features="blocks")
+    cut = build_efficientnet_lite(image_size=64, features="blocks", num_blocks=num_blocks)
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features = cut(pixels).last_hidden_state
+    assert (cut.config.hidden_size, cut.config.stride) == (width, stride)
+    assert features.shape == (1, cut.config.num_tokens, width) == (1, (64 // stride) ** 2, width)
+    torch.testing.assert_close(features, whole(pixels, output_hidden_states=True).hidden_states[num_blocks])
+
+
 def test_frozen_statistics_survive_the_train_of_a_parent() -> None:
     pictures = torch.randn(2, 3, 32, 32)
     for frozen in (True, False):
@@ -180,6 +213,8 @@ def test_a_missing_package_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> No
         ({"variant": 3}, "variant is 3; choose 0, 1 or 2"),
         ({"features": "pooled"}, "features is 'pooled'; choose 'head' or 'blocks'"),
         ({"image_size": 31}, "image_size is 31; give at least 32"),
+        ({"num_blocks": 17, "features": "blocks"}, "num_blocks is 17; variant 0 has 1 to 16"),
+        ({"num_blocks": 5, "features": "head"}, "num_blocks is set but features is 'head'"),
     ],
 )
 def test_wrong_settings(changes: dict[str, object], words: str) -> None:

@@ -767,4 +767,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*litlogger.*|.*tensorboardX.*|.*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*You have overridden `transfer_batch_to_device`.*")
     warnings.filterwarnings("ignore", message=".*is not\n? *resumable.*|.*dataloader.*resumable.*")  # ours is
+    # convolutions with channel beside channel; of weights of 1 x 1 both orders are the same
+    warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # frozen parts are, on purpose
