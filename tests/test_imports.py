@@ -24,7 +24,7 @@ ORDER: list[tuple[str, ...]] = [
     ("inference",),
     ("training",),
     ("evaluation", "inspection", "plan"),
-    ("ray_jobs",),
+    ("ray_jobs", "relevance"),
     ("serving",),
     ("export",),
     ("cli",),

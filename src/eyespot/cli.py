@@ -87,13 +87,14 @@ def parser() -> argparse.ArgumentParser:
     _add_device(evaluate)
 
     inspect = verbs.add_parser("inspect", help="look at data, a batch or a model before training")
-    inspect.add_argument("what", choices=["data", "batch", "model", "patches"])
+    inspect.add_argument("what", choices=["data", "batch", "model", "patches", "attention"])
     inspect.add_argument(
         "target", nargs="+", metavar="MODEL or key=value",
-        help="model folder, or recipe=NAME and settings; patches: model folder and pictures",
+        help="model folder, or recipe=NAME and settings; patches: model folder and pictures; attention: model folder, "
+        "one picture and a question",
     )  # fmt: skip
     inspect.add_argument("-n", type=int, default=6, help="number of samples")
-    inspect.add_argument("--out", metavar="FILE", help="also write a picture (PNG) of what is shown")
+    inspect.add_argument("--out", metavar="FILE", help="also write a picture (PNG) of what is shown; attention: folder")
 
     data = verbs.add_parser("data", help="what the training data holds, what is left out and what is there twice")
     data.add_argument("what", choices=["report"])
@@ -368,6 +369,14 @@ def inspect(options: argparse.Namespace, words: Sequence[str]) -> int:
             raise ValueError("inspect patches needs a model folder, one picture or more, and --out FILE.png")
         draw_patches(load(model), pictures, out)
         print(f"picture: {out}")
+    elif options.what == "attention":
+        from eyespot.inference import load
+        from eyespot.relevance import show_attention
+
+        if len(options.target) != 3 or out is None:
+            raise ValueError("inspect attention needs a model folder, one picture, a question, and --out FOLDER")
+        model, picture, question = options.target
+        show_attention(load(model), picture, question, out, shlex.join(["eyespot", *words]))
     else:
         from eyespot.training.run import compose_settings
 

@@ -104,7 +104,7 @@ def test_all_kinds_with_ids_groups_and_seed(tmp_path: Path) -> None:
     path = coco(tmp_path, contents)
     samples, report = sources.load("detection", path=path, seed=1)
     assert report.rejected == [] and len({s.id for s in samples}) == len(samples)
-    assert {s.id.split(":")[2] for s in samples} == {"list", "presence", "count", "where"}
+    assert {s.id.split(":")[2] for s in samples} == {"list", "presence", "count", "where", "detect"}
     assert {s.group for s in samples} == {str(tmp_path / "a.png")}
     assert samples == sources.load("detection", path=path, seed=1)[0] != sources.load("detection", path=path, seed=2)[0]
 

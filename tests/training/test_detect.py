@@ -77,10 +77,12 @@ def test_what_it_tells_is_what_the_model_finds(learned: Run) -> None:
     assert measured["iou"] == pytest.approx(float(generalized_iou(found, objects.box).clamp(min=0).mean()), abs=1e-5)
 
 
-def test_a_signal_between_two_stages_is_not_swallowed(learned: Run) -> None:
+def test_a_signal_between_two_stages_is_not_swallowed(tmp_path: Path) -> None:
     """The training of a stage answers signals in its own way, and only as long as it runs."""
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    run(tmp_path, "short", f"{{name: look, kind: detect, {LOOK}, trainer: {{max_steps: 2}}}}")
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_the_language_model_goes_on_with_it(learned: Run) -> None:
