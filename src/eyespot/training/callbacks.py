@@ -8,8 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,6 @@ from eyespot.training.processes import from_all
 
 STOP_SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGUSR1") if n in signal.Signals.__members__]
 SAME_SIGNAL_S = 2.0  # torchrun passes on a Ctrl+C that the terminal has sent to every process already
-
-
-@contextmanager
-def handlers_kept() -> Iterator[None]:
-    """What a signal does is the same behind this as before; both Lightning and ``Checkpoints`` change it meanwhile."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Reporter(lightning.Callback):
@@ -187,7 +175,7 @@ class Checkpoints(lightning.Callback):
             set_random_state(self._resumed[trainer.global_rank])
         elif trainer.global_rank > 0:
             torch.manual_seed(pl_module.settings.seed + trainer.global_rank)  # dropout of its own
-        for number in STOP_SIGNALS:
+        for number in STOP_SIGNALS:  # behind the training Lightning sets all signals back to what they were before it
             signal.signal(number, functools.partial(self._ask_to_stop, trainer, pl_module))
 
     def _ask_to_stop(self, trainer: Any, pl_module: Any, number: int, frame: Any) -> None:

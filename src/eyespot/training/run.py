@@ -417,7 +417,7 @@ def _fit(
 ) -> Run:
     import lightning
 
-    from eyespot.training.callbacks import Checkpoints, Reporter, SampleAnswers, handlers_kept
+    from eyespot.training.callbacks import Checkpoints, Reporter, SampleAnswers
     from eyespot.training.processes import SameStart, is_first_process
 
     trainer_settings = settings.trainer
@@ -466,7 +466,7 @@ def _fit(
     if resume is not None:
         module.last_good = str(resume)
     model.train()
-    with naming_lost_processes(trainer, module), handlers_kept():
+    with naming_lost_processes(trainer, module):
         trainer.fit(module, data, ckpt_path=None if resume is None else resume / "resume.ckpt", weights_only=True)
         finished = checkpoints.stopped_by is None
         if finished:
