@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eyespot.data.boxes import Box
+from eyespot.data.boxes import iou as iou_of_boxes
 from eyespot.models.detection import (
     Detection,
     Objects,
     box_loss,
     count_loss,
     generalized_iou,
+    iou,
     name_loss,
     name_targets,
     name_vectors,
@@ -50,6 +53,13 @@ def test_generalized_iou() -> None:
     torch.testing.assert_close(generalized_iou(one, one), torch.ones(50))
     turned = one[:, [2, 3, 0, 1]]  # no boxes at all
     assert generalized_iou(turned, other).isfinite().all()
+
+
+def test_iou_of_tensors_is_that_of_boxes() -> None:
+    one, other = boxes(50), boxes(50, 1)
+    pairs = zip(one.tolist(), other.tolist(), strict=True)
+    torch.testing.assert_close(iou(one, other), torch.tensor([iou_of_boxes(Box(*a), Box(*b)) for a, b in pairs]))
+    assert (iou(one, other) >= generalized_iou(one, other) - 1e-6).all()
 
 
 def test_an_object_belongs_to_the_cell_of_its_centre() -> None:

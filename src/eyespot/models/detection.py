@@ -136,10 +136,21 @@ def box_loss(boxes: Tensor, truth: Tensor, num_tokens: int) -> Tensor:
 
 def generalized_iou(one: Tensor, other: Tensor) -> Tensor:
     """float32 [O, 4], [O, 4] -> [O], in [-1, 1]; what is no box has area 0."""
-    shared = _area(torch.cat([torch.maximum(one, other)[:, :2], torch.minimum(one, other)[:, 2:]], dim=1))
     around = _area(torch.cat([torch.minimum(one, other)[:, :2], torch.maximum(one, other)[:, 2:]], dim=1))
-    either = _area(one) + _area(other) - shared
+    shared, either = _shared_and_either(one, other)
     return shared / either.clamp(min=1e-9) - (around - either) / around.clamp(min=1e-9)
+
+
+def iou(one: Tensor, other: Tensor) -> Tensor:
+    """float32 [O, 4], [O, 4] -> [O], in [0, 1]: of tensors what ``eyespot.data.boxes.iou`` is of two boxes."""
+    shared, either = _shared_and_either(one, other)
+    return shared / either.clamp(min=1e-9)
+
+
+def _shared_and_either(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas that both cover, and that at least one of them covers, float32 [O] each."""
+    shared = _area(torch.cat([torch.maximum(one, other)[:, :2], torch.minimum(one, other)[:, 2:]], dim=1))
+    return shared, _area(one) + _area(other) - shared
 
 
 def _area(boxes: Tensor) -> Tensor:

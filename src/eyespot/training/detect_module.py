@@ -13,7 +13,7 @@ from eyespot.models.detection import (
     Objects,
     box_loss,
     count_loss,
-    generalized_iou,
+    iou,
     name_loss,
     name_targets,
     name_vectors,
@@ -65,7 +65,7 @@ class DetectModule(LossesModule):
         logits, boxes = self._found
         said = logits.sigmoid() > SURE
         true = name_targets(self._objects, logits.shape) > 0
-        right, ious = float((said & true).sum()), generalized_iou(boxes, self._objects.box).clamp(min=0)
+        right, ious = float((said & true).sum()), iou(boxes, self._objects.box)
         return {
             "found": (right, float(true.sum())),
             "right": (right, float(said.sum())),
