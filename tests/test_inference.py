@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,3 +181,49 @@ def test_public_names() -> None:
     assert {"load", "build", "save", "train", "evaluate", "VLM", "Processor", "Sample"} <= set(dir(eyespot))
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         eyespot.laod  # noqa: B018
+
+
+@pytest.mark.parametrize("branches", [True, False])
+def test_answers_are_as_likely_as_their_tokens(
+    assistant: Assistant, branches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eyespot.inference.can_branch", lambda model: branches)
+    conversations = [([picture("red")], "what?"), ([picture("red")], "?"), ([], "a?"), ([picture("blue")], "what?")]
+    asked = [(images, user_turn(images, question)) for images, question in conversations]
+    answers = assistant.answer_scored(asked, max_new_tokens=6)
+    for answer, (images, messages) in zip(answers, asked, strict=True):
+        batch = assistant.processor.prompt_batch([(images, messages)])
+        total = 0.0
+        for _ in range(6):
+            logits = assistant.model(**batch).logits[0, -1].log_softmax(-1)
+            total += logits.max().item()
+            if logits.argmax() in assistant._end_ids():
+                break
+            batch["input_ids"] = torch.cat([batch["input_ids"], logits.argmax().view(1, 1)], dim=1)
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        assert answer.log_prob == pytest.approx(total, abs=1e-4)
+        assert answer.text == assistant.processor.decode_answer(batch["input_ids"][0][-6:].tolist())[-len(answer.text) :]
+
+
+@pytest.mark.parametrize("branches", [True, False])
+def test_given_answers_are_scored_together_as_alone(
+    assistant: Assistant, branches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eyespot.inference.can_branch", lambda model: branches)
+    pictures: list[list[Any]] = [[picture("red")], [picture("red")], [], [picture("blue"), picture("green")]]
+    said = ["yes", "no, it is not", "a", "two of them"]
+    conversations = [
+        (images, [*user_turn(images, "what?"), {"role": "assistant", "content": [{"type": "text", "text": text}]}])
+        for images, text in zip(pictures, said, strict=True)
+    ]
+    scores = assistant.score_answers(conversations)
+    for score, (images, messages) in zip(scores, conversations, strict=True):
+        encoded = assistant.processor.encode_conversation(messages)
+        ids = torch.tensor([encoded.input_ids])
+        pixels = assistant.processor.pixel_values(images) if images else None
+        logits = assistant.model(input_ids=ids, pixel_values=pixels).logits[0, :-1].log_softmax(-1)
+        wanted = torch.tensor(encoded.labels[1:])
+        own = [logits[i, token] for i, token in enumerate(wanted) if token != -100]
+        assert score.log_prob == pytest.approx(sum(own).item(), abs=1e-4)
+        assert score.is_greedy == all(logits[i].argmax() == token for i, token in enumerate(wanted) if token != -100)
+    assert assistant.score_answers([]) == []

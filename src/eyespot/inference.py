@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
+from transformers import LogitsProcessor, TextIteratorStreamer
 
-from eyespot.branching import can_branch, greedy
+from eyespot.branching import answer_scores, can_branch, greedy_scored, sum_by_owner, token_scores
 from eyespot.compose import load_parts
 from eyespot.data.features import picture_digest
 from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.models.vlm import VLM
-from eyespot.processing.processor import Processor, check_counts
+from eyespot.processing.processor import IGNORE_INDEX, Encoded, Processor, check_counts
 from eyespot.processing.prompt import Message, count_images
+
+Conversation = tuple[Sequence[Any], Sequence[Message]]
+"""Pictures, and the turns that show them."""
 
 MAX_NEW_TOKENS = 128
 FEATURE_BYTES = 256_000_000  # of encoded pictures kept by an Assistant
@@ -33,6 +36,41 @@ def user_turn(images: Sequence[Any], question: str) -> list[Message]:
     """The one way a question about pictures becomes a conversation: pictures first, then the words."""
     content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+
+class Answer(NamedTuple):
+    """What a model said, and the log-probability of all its tokens, the end included."""
+
+    text: str
+    log_prob: float
+
+
+class AnswerScore(NamedTuple):
+    """Of a given answer: the log-probability of all its tokens, and whether greedy decoding would have said it."""
+
+    log_prob: float
+    is_greedy: bool
+
+
+class _Likelihood(LogitsProcessor):  # type: ignore[misc]
+    """Adds up the log-probabilities of the likeliest tokens while transformers' generate chooses them.
+
+    Attributes:
+        log_probs: float32 [B], up to and with the first end token of each answer.
+    """
+
+    def __init__(self, end_ids: Collection[int]) -> None:
+        self.end_ids = end_ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not hasattr(self, "log_probs"):
+            self.ends = torch.tensor(sorted(self.end_ids), device=scores.device)
+            self.log_probs = torch.zeros(len(scores), device=scores.device)
+            self.going = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+        best, tokens = scores.float().max(-1)
+        self.log_probs += (best - scores.float().logsumexp(-1)) * self.going
+        self.going &= ~torch.isin(tokens, self.ends)
+        return scores
 
 
 class Assistant:
@@ -97,32 +135,75 @@ class Assistant:
         if failure:
             raise failure[0]
 
-    def answer_batch(
-        self, conversations: Sequence[tuple[Sequence[Any], Sequence[Message]]], max_new_tokens: int
-    ) -> list[str]:
+    def answer_batch(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+        """The texts of ``answer_scored``."""
+        return [answer.text for answer in self.answer_scored(conversations, max_new_tokens)]
+
+    def answer_scored(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Answer]:
         """One greedy answer for each (pictures, messages) pair; messages end with a user turn.
 
         Pairs about the same pictures share one image prefix where the language model allows it.
         """
         if len(conversations) < 2 or not can_branch(self.model):
-            return self.generate_text(conversations, max_new_tokens=max_new_tokens)
-        prompts = []
-        for images, messages in conversations:
-            check_counts(count_images(messages), len(images))
-            key = tuple(map(picture_digest, images))
-            prompts.append((self.processor.encode_prompt(messages), list(images), key))
+            likelihood = _Likelihood(self._end_ids())
+            texts = self.generate_text(conversations, max_new_tokens=max_new_tokens, logits_processor=[likelihood])
+            return [Answer(*row) for row in zip(texts, likelihood.log_probs.tolist(), strict=True)]
+        prompts = self._rows(conversations, self.processor.encode_prompt)
         room = self._room(max(len(encoded.input_ids) for encoded, _, _ in prompts))
-        ends = self.model.generation_config.eos_token_id
         with self.autocast():
-            rows = greedy(
+            rows, log_probs = greedy_scored(
                 self.model,
                 prompts,
                 self.features,
                 min(max_new_tokens, room),
-                {ends} if isinstance(ends, int) else set(ends or ()),
+                self._end_ids(),
                 self.processor.pad_token_id,
             )
-        return [self.processor.decode_answer(row) for row in rows]
+        return [Answer(*row) for row in zip(map(self.processor.decode_answer, rows), log_probs, strict=True)]
+
+    @torch.inference_mode()
+    def score_answers(self, conversations: Sequence[Conversation]) -> list[AnswerScore]:
+        """How likely the model finds what the assistant says in each (pictures, messages) pair, its end included.
+
+        Pairs about the same pictures share one image prefix where the language model allows it.
+        """
+        if not conversations:
+            return []
+        rows = self._rows(conversations, self.processor.encode_conversation)
+        self._room(max(len(encoded.input_ids) for encoded, _, _ in rows) - 1)
+        with self.autocast():
+            if can_branch(self.model):
+                scores = answer_scores(self.model, rows, self.features, self.processor.pad_token_id)
+            else:
+                scores = self._scores_alone(
+                    [encoded for encoded, _, _ in rows], [i for _, images, _ in rows for i in images]
+                )
+        return [AnswerScore(*score) for score in zip(*scores, strict=True)]
+
+    def _scores_alone(self, rows: Sequence[Encoded], images: Sequence[Any]) -> tuple[list[float], list[bool]]:
+        """``answer_scores`` with one row for each conversation."""
+        batch = {name: tensor.to(self.device) for name, tensor in self.processor.pad(rows, "right").items()}
+        labels = batch.pop("labels")[:, 1:]
+        features = self.features(images) if images else None
+        hidden = self.model(**batch, image_features=features, skip_logits=True).last_hidden_state[:, :-1]
+        learned = labels != IGNORE_INDEX
+        return sum_by_owner(
+            *token_scores(self.model, hidden[learned], labels[learned]), learned.nonzero()[:, 0].cpu(), len(rows)
+        )
+
+    def _rows(
+        self, conversations: Sequence[Conversation], encode: Callable[[Sequence[Message]], Encoded]
+    ) -> list[tuple[Encoded, list[Any], Hashable]]:
+        """What ``eyespot.branching`` takes."""
+        for images, messages in conversations:
+            check_counts(count_images(messages), len(images))
+        return [
+            (encode(messages), list(images), tuple(map(picture_digest, images))) for images, messages in conversations
+        ]
+
+    def _end_ids(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return {ends} if isinstance(ends, int) else set(ends or ())
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 matrix products for a bfloat16 model (its adapters are float32), nothing for a float32 one."""
@@ -187,7 +268,7 @@ class Assistant:
     @torch.inference_mode()
     def generate_text(
         self,
-        conversations: Sequence[tuple[Sequence[Any], Sequence[Message]]],
+        conversations: Sequence[Conversation],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
