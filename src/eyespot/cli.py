@@ -77,12 +77,15 @@ def parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", help="score a model beside its blind and shuffled-picture controls")
     evaluate.add_argument("model", help="model folder")
     evaluate.add_argument(
-        "data", nargs="*", metavar="key=value", help="format=NAME and its options; default: the test set of the run"
+        "data", nargs="*", metavar="key=value",
+        help="benchmark=NAME or format=NAME, and its options; default: the test set of the run",
     )
-    evaluate.add_argument("--out", metavar="FOLDER", help="where report.json, predictions.jsonl and report.html go")
+    evaluate.add_argument(
+        "--out", metavar="FOLDER", help="report.json, predictions.jsonl, report.html; resumable"
+    )
     evaluate.add_argument("--limit", type=int, help="a random choice of so many questions")
     evaluate.add_argument("--batch-size", type=int, default=64)
-    evaluate.add_argument("--max-new-tokens", type=int, default=16)
+    evaluate.add_argument("--max-new-tokens", type=int, help="of an answer; default: what the benchmark needs")
     _add_ray(evaluate)
     _add_device(evaluate)
 
@@ -244,10 +247,17 @@ def print_evaluation(evaluation: Any, before: Any = None) -> None:
             ]
             table.add_row(*(cell.replace("[", "\\[").replace("\n", " ")[:48] for cell in cells))
         console.print(table)
-    low, high = evaluation.interval
-    print(f"accuracy {evaluation.accuracy:.1%} [{low:.1%}, {high:.1%}] on {evaluation.num_questions:,} questions")
+    sign = "%" if evaluation.limit == 1 else ""
+
+    def shown(score: Any) -> str:
+        low, high = score.interval
+        return f"{100 * score.accuracy:.1f}{sign} [{100 * low:.1f}{sign}, {100 * high:.1f}{sign}]"
+
+    print(f"{evaluation.measure} {shown(evaluation)} on {evaluation.num_questions:,} questions")
     for name, score in evaluation.controls.items():
-        print(f"  {name}: {score.accuracy:.1%} [{score.interval[0]:.1%}, {score.interval[1]:.1%}]")
+        print(f"  {name}: {shown(score)}")
+    for name, value in evaluation.figures.get("pictures", {}).items():
+        print(f"  {name}: {value:.3f}")
     print(evaluation.verdict)
 
 
@@ -325,14 +335,21 @@ def caption(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Score a model with its controls."""
-    from eyespot.evaluation.finish import load_test, source_of
+    from eyespot.evaluation.finish import identity_of, journal_in, load_test, source_of
     from eyespot.evaluation.report import write_page
     from eyespot.evaluation.runner import evaluate as run_evaluation
     from eyespot.inference import load
 
-    source = source_of(options.model, options.data)
-    samples = load_test(source, options.limit)
-    how = {"name": str(options.model), "batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
+    benchmark, samples = load_test(source_of(options.model, options.data), options.limit)
+    folder = Path(options.out) if options.out else None
+    journal = None
+    if folder is not None:
+        identity = identity_of(options.model, options.dtype, options.adapter)
+        journal = journal_in(folder, identity, benchmark, options.max_new_tokens)
+    how = {
+        "name": str(options.model), "benchmark": benchmark, "batch_size": options.batch_size,
+        "max_new_tokens": options.max_new_tokens, "journal": journal,
+    }  # fmt: skip
     if options.ray is None:
         assistant = load(*_model(options))
         with assistant.folded():
@@ -342,13 +359,13 @@ def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
 
         evaluation = evaluate_with_ray(_model(options), samples, options.ray, **how)
     print_evaluation(evaluation)
-    if options.out:
-        folder = Path(options.out)
+    if folder is not None and journal is not None:
         evaluation.write(folder)
         write_page(
             folder / "report.html", evaluation, title=f"eyespot: {options.model}", samples=samples,
             command=shlex.join(["eyespot", *words]),
         )  # fmt: skip
+        journal.close()
         print(f"report: {folder / 'report.json'} and {folder / 'report.html'}")
     return 0
 

@@ -151,7 +151,9 @@ class TrainerSettings:
     model on every device, fsdp spreads weights, gradients and optimizer over them, auto takes ddp for more than one;
     timeout_s: a process that waits longer for another one gives up. compile: torch.compile the layers, which pays in
     long runs on GPUs.
-    num_workers: processes that read and resize pictures; by default none beside a CPU, which is busy itself."""
+    num_workers: processes that read and resize pictures; by default none beside a CPU, which is busy itself.
+    sight_every: so often, and after the last step, answers to up to sight_limit held-out pictures are scored beside
+    their own picture, another one and none; 0 never does."""
 
     epochs: float = 1.0
     max_steps: int | None = None
@@ -182,6 +184,8 @@ class TrainerSettings:
     patience: int | None = None
     samples_every: int = 250
     num_samples: int = 4
+    sight_every: int = 250
+    sight_limit: int = 64
 
 
 @dataclass
@@ -194,15 +198,18 @@ class LoggerSettings:
 
 @dataclass
 class EvaluationSettings:
-    """The evaluation at the end of a run, on ``data.test``. controls: blind, shuffled, majority; before: so many
+    """The evaluation at the end of a run, on ``data.test``, which names a format or a benchmark.
+
+    max_new_tokens: the benchmark's own unless given; controls: blind, shuffled, majority, always; before: so many
     questions are also answered by the untrained model, for the report; pictures: so many are drawn with their answers
-    before and after training, beside loss and patch features (0 draws nothing)."""
+    before and after training, beside loss and patch features (0 draws nothing).
+    """
 
     run: bool = True
     limit: int | None = None
     batch_size: int = 64
-    max_new_tokens: int = 16
-    controls: list[str] = field(default_factory=lambda: ["blind", "shuffled", "majority"])
+    max_new_tokens: int | None = None
+    controls: list[str] = field(default_factory=lambda: ["blind", "shuffled", "majority", "always"])
     before: int = 12
     pictures: int = 8
 
@@ -735,6 +742,9 @@ def check_run(settings: TrainSettings) -> None:
         raise ConfigError(f"data.validation_share is {settings.data.validation_share}; it must be from 0 to below 1")
     if settings.data.cache_gb <= 0:
         raise ConfigError(f"data.cache_gb is {settings.data.cache_gb}; it must be above 0 (or cache_features=false)")
+    for key, least in (("sight_every", 0), ("sight_limit", 8)):
+        if getattr(trainer, key) < least:
+            raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be at least {least}")
     if trainer.epochs <= 0:
         raise ConfigError(f"trainer.epochs is {trainer.epochs}; it must be above 0")
     modes = {settings.model.vision.train, settings.model.connector.train, settings.model.language.train}

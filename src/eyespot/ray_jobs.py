@@ -22,10 +22,12 @@ from eyespot.config import TrainSettings
 from eyespot.data import features
 from eyespot.data.sample import ImageSource, Sample
 from eyespot.devices import choose_device
+from eyespot.evaluation.asking import Journal, ReadOnlyJournal
 from eyespot.evaluation.caption import caption_batch, write_captions
-from eyespot.evaluation.runner import Evaluation, evaluate
+from eyespot.evaluation.results import Evaluation
+from eyespot.evaluation.runner import evaluate
 from eyespot.files import default_cache
-from eyespot.inference import Assistant, load
+from eyespot.inference import Answer, AnswerScore, Assistant, load
 from eyespot.training.run import feature_store, to_be_encoded, untrained
 
 OBJECT_STORE_BYTES = 200_000_000  # of a Ray that is started here; what does not fit goes to the disk
@@ -128,50 +130,60 @@ def over_workers(
 
 
 class Answering:
-    """Greedy answers to a batch of conversations."""
+    """What an assistant's method gives for its arguments."""
 
     def __init__(self, *model: Any) -> None:
         self.assistant = load(*model)
         self._folded = ExitStack()  # for as long as the worker lives
         self._folded.enter_context(self.assistant.folded())
 
-    def __call__(self, job: tuple[Sequence[Any], int]) -> list[str]:
-        return self.assistant.answer_batch(*job)
+    def __call__(self, job: tuple[str, tuple[Any, ...]]) -> list[Any]:
+        method, arguments = job
+        answers: list[Any] = getattr(self.assistant, method)(*arguments)
+        return answers
 
 
 class _Recorder:
     """Keeps what it is asked."""
 
     def __init__(self) -> None:
-        self.jobs: list[tuple[Sequence[Any], int]] = []
+        self.jobs: list[tuple[str, tuple[Any, ...]]] = []
 
-    def answer_batch(self, conversations: Sequence[Any], max_new_tokens: int) -> list[str]:
-        self.jobs.append((conversations, max_new_tokens))
-        return ["" for _ in conversations]
+    def answer_scored(self, conversations: Sequence[Any], max_new_tokens: int) -> list[Answer]:
+        self.jobs.append(("answer_scored", (conversations, max_new_tokens)))
+        return [Answer("", 0.0) for _ in conversations]
+
+    def score_answers(self, conversations: Sequence[Any]) -> list[AnswerScore]:
+        self.jobs.append(("score_answers", (conversations,)))
+        return [AnswerScore(0.0, False) for _ in conversations]
 
 
 class _Replay:
     """Gives answers that are made elsewhere, in the order in which they will be asked for."""
 
-    def __init__(self, answers: Iterator[list[str]]) -> None:
+    def __init__(self, answers: Iterator[list[Any]]) -> None:
         self.answers = answers
 
-    def answer_batch(self, conversations: Sequence[Any], max_new_tokens: int) -> list[str]:
+    def answer_scored(self, conversations: Sequence[Any], max_new_tokens: int) -> list[Answer]:
+        return next(self.answers)
+
+    def score_answers(self, conversations: Sequence[Any]) -> list[AnswerScore]:
         return next(self.answers)
 
 
 def evaluate_with_ray(
-    model: tuple[Any, ...], samples: Sequence[Sample], num_workers: int, **options: Any
+    model: tuple[Any, ...], samples: Sequence[Sample], num_workers: int, journal: Journal | None = None, **options: Any
 ) -> Evaluation:
     """``evaluate`` with the answers of many workers; which questions are asked does not depend on any answer.
 
     Args:
-        model: arguments of ``eyespot.load``, at least folder and device. options: of ``evaluate``.
+        model: arguments of ``eyespot.load``, at least folder and device. journal, options: of ``evaluate``.
     """
     recorder = _Recorder()
-    evaluate(recorder, samples, **{**options, "progress": False})
+    known = None if journal is None else ReadOnlyJournal(journal)
+    evaluate(recorder, samples, journal=known, **{**options, "progress": False})
     with closing(over_workers(recorder.jobs, Answering, model, num_workers=num_workers, device=model[1])) as answers:
-        return evaluate(_Replay(answers), samples, **options)
+        return evaluate(_Replay(answers), samples, journal=journal, **options)
 
 
 # --- caption ------------------------------------------------------------------------------------------------------

@@ -99,6 +99,19 @@ FORMATS = Registry(
         "detection": "eyespot.data.formats.detection:read_detection",
     },
 )
+BENCHMARKS = Registry(
+    "benchmark",
+    {
+        "vqav2": "eyespot.evaluation.benchmarks.vqav2:Vqav2",
+        "pope": "eyespot.evaluation.benchmarks.pope:Pope",
+        "captions": "eyespot.evaluation.benchmarks.captions:Captions",
+        "chair": "eyespot.evaluation.benchmarks.chair:Chair",
+        "choice": "eyespot.evaluation.benchmarks.choice:Choice",
+        "spatial": "eyespot.evaluation.benchmarks.spatial:Spatial",
+        "counting": "eyespot.evaluation.benchmarks.counting:Counting",
+        "grounding": "eyespot.evaluation.benchmarks.grounding:Grounding",
+    },
+)
 FILTERS = Registry(
     "data filter",
     {

@@ -18,6 +18,7 @@ class StandIn:
     answers: tuple[str, ...]
     group: str
     kind: str = ""
+    options: tuple[str, ...] = ()
 
 
 def make_sample(

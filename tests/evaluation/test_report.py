@@ -203,11 +203,11 @@ def test_worst_errors_are_those_that_training_or_the_picture_spoiled(
 ) -> None:
     result = evaluate(fakes.Blind(), samples, name="c")
     wrong = [row for row in result.predictions if not row.correct]
-    spoiled = replace(wrong[-1], blind_prediction=wrong[-1].answers[0])
+    spoiled = replace(wrong[-1], blind_prediction=wrong[-1].answers[0], blind_score=1.0)
     changed = replace(result, predictions=(*(row for row in result.predictions if row.id != spoiled.id), spoiled))
     assert choose_errors(changed, {})[0] == spoiled
     assert not any(row.correct for row in choose_errors(changed, {}))
-    earlier = {row.id: replace(row, correct=row.id == wrong[4].id) for row in wrong}
+    earlier = {row.id: replace(row, score=float(row.id == wrong[4].id)) for row in wrong}
     assert choose_errors(result, earlier)[0] == wrong[4]
 
 

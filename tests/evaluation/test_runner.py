@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from eyespot.evaluation.controls import blind, shuffled
-from eyespot.evaluation.runner import Evaluation, evaluate, write_atomically
+from eyespot.evaluation.results import Evaluation, write_atomically
+from eyespot.evaluation.runner import evaluate
 
 
 def key(conversation: Any) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import PIL.Image
 
@@ -59,6 +59,7 @@ class Sample:
         captions: alternatives of the last assistant text, for `visit`.
         source: name of the part of a mixture that it comes from.
         kind: of the question, for reports that tell kinds apart.
+        options: the choices of a multiple-choice question.
 
     Raises:
         ValueError: on creation, if the parts do not fit each other.
@@ -72,6 +73,7 @@ class Sample:
     captions: tuple[str, ...] = ()
     source: str = ""
     kind: str = ""
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -102,12 +104,14 @@ class Sample:
         answers: tuple[str, ...] | None = None,
         group: str = "",
         kind: str = "",
+        options: tuple[str, ...] = (),
     ) -> Sample:
         """A question about one picture, or about several given as a tuple; `answers` is `(answer,)` unless given."""
         images = image if isinstance(image, tuple) else (image,)
         user: Message = {"role": "user", "content": [*(image_part() for _ in images), text_part(question)]}
         assistant: Message = {"role": "assistant", "content": [text_part(answer)]}
-        return cls(id, images, (user, assistant), (answer,) if answers is None else answers, group, kind=kind)
+        answers = (answer,) if answers is None else answers
+        return cls(id, images, (user, assistant), answers, group, kind=kind, options=options)
 
     @classmethod
     def caption(cls, id: str, image: ImageSource, captions: Sequence[str], prompt: str = "", group: str = "") -> Sample:
@@ -176,6 +180,24 @@ class LoadReport:
             for rejected in self.rejected:
                 record = {"id": rejected.id, "reason": rejected.reason, "detail": rejected.detail}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def blind(sample: Sample) -> Sample:
+    """The sample with every image and every image part of its messages removed; the words stay as they are.
+
+    A turn that held only images keeps one empty text part, so that the turns still alternate.
+    """
+    return dataclasses.replace(
+        sample, images=(), messages=tuple(_without_images(message) for message in sample.messages)
+    )
+
+
+def _without_images(message: Mapping[str, Any]) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        return cast("Message", dict(message))
+    parts = [part for part in content if part["type"] != "image"]
+    return cast("Message", {**message, "content": parts or [text_part("")]})
 
 
 def _num_images(message: Message) -> int:

@@ -40,9 +40,15 @@ def load(format: str, limit: int | None = None, **options: Any) -> tuple[list[Sa
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; give 1 or more, or leave it out to read everything")
+    return load_records(records(format, options), f"reading {format}", limit)
+
+
+def load_records(
+    records: Iterator[Sample | Rejected], title: str, limit: int | None = None
+) -> tuple[list[Sample], LoadReport]:
+    """The samples among records, at most so many, and what became of every record; a bar of this title on long work."""
     report = LoadReport()
-    samples = _accepted(_reader(format, options), report)
-    return list(itertools.islice(with_progress(samples, f"reading {format}", limit), limit)), report
+    return list(itertools.islice(with_progress(_accepted(records, report), title, limit), limit)), report
 
 
 def stream(format: str, report: LoadReport | None = None, **options: Any) -> Iterator[Sample]:
@@ -54,8 +60,8 @@ def stream(format: str, report: LoadReport | None = None, **options: Any) -> Ite
     Raises:
         ValueError: as `load`.
     """
-    records = _reader(format, options)
-    return _accepted(records, report) if report is not None else _logged(records)
+    read = records(format, options)
+    return _accepted(read, report) if report is not None else _logged(read)
 
 
 def split_by_image(
@@ -112,7 +118,12 @@ def check_disjoint(samples: Sequence[Sample], held_out: Sequence[Sample]) -> Non
         )
 
 
-def _reader(format: str, options: dict[str, Any]) -> Iterator[Sample | Rejected]:
+def records(format: str, options: dict[str, Any]) -> Iterator[Sample | Rejected]:
+    """What the reader of a format finds. An unknown or missing option is an error at once.
+
+    Raises:
+        ValueError: as `load`.
+    """
     reader: Callable[..., Iterator[Sample | Rejected]] = FORMATS[format]
     parameters = inspect.signature(reader).parameters
     names = list(parameters)

@@ -8,21 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
+from eyespot.data.sample import Sample
+from eyespot.data.sample import blind as blind  # training removes pictures, too
 from eyespot.evaluation.metrics import normalize_answer
 from eyespot.pictures import LazyPicture
-
-if TYPE_CHECKING:
-    from eyespot.data.sample import Message, Sample
-
-
-def blind(sample: Sample) -> Sample:
-    """The sample with every image and every image part of its messages removed; the words stay as they are.
-
-    A turn that held only images keeps one empty text part, so that the turns still alternate.
-    """
-    return replace(sample, images=(), messages=tuple(_without_images(message) for message in sample.messages))
 
 
 def shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
@@ -85,14 +76,6 @@ def image_key(image: object) -> Hashable:
     which never takes two different pictures for one.
     """
     return image if isinstance(image, (str, bytes, Path, LazyPicture)) else (type(image), id(image))
-
-
-def _without_images(message: Mapping[str, Any]) -> Message:
-    content = message["content"]
-    if isinstance(content, str):
-        return cast("Message", dict(message))
-    parts = [part for part in content if part["type"] != "image"]
-    return cast("Message", {**message, "content": parts or [{"type": "text", "text": ""}]})
 
 
 def _pictures_by_group(samples: Sequence[Sample]) -> dict[str, dict[Hashable, Any]]:

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from eyespot import __version__
 from eyespot.config import ConfigError, TrainSettings
-from eyespot.data import sources
 from eyespot.data.sample import Sample
+from eyespot.evaluation.asking import Journal
+from eyespot.evaluation.benchmarks.base import Benchmark, load_questions, make_benchmark
 from eyespot.evaluation.report import choose_shown, write_page
-from eyespot.evaluation.runner import Evaluation, evaluate
+from eyespot.evaluation.results import Evaluation
+from eyespot.evaluation.runner import evaluate
 from eyespot.inference import Assistant
 from eyespot.models.parameters import count_parameters
-from eyespot.registry import FORMATS
+from eyespot.registry import BENCHMARKS, FORMATS
 from eyespot.training.run import RECORD_FILE, Run
 
 PAGE_FILE = "report.html"
+JOURNAL_FILE = "answers.jsonl"
+BEFORE = "before"
 
 
-def load_test(source: dict[str, Any], limit: int | None = None, seed: int = 0) -> list[Sample]:
-    """The samples of a data source ``{"format": ..., **arguments}``; with a limit, a random choice of them.
+def load_test(source: Mapping[str, Any], limit: int | None = None, seed: int = 0) -> tuple[Benchmark, list[Sample]]:
+    """The benchmark of a source (see ``make_benchmark``), and its questions; with a limit, a random choice of them.
 
     Raises:
-        ConfigError: nothing usable was found, or a sample has no reference answer.
+        ConfigError: nothing usable was found.
+        ValueError: as ``make_benchmark`` and the reading of its files.
     """
-    options = {key: value for key, value in source.items() if key != "format"}
-    samples, report = sources.load(source["format"], **options)
+    benchmark = make_benchmark(source)
+    samples, report = load_questions(benchmark)
     if not samples:
         raise ConfigError(f"no usable test sample; {report.summary()}")
     if limit is not None and limit < len(samples):
         chosen = sorted(random.Random(seed).sample(range(len(samples)), limit))
         samples = [samples[i] for i in chosen]
-    return samples
+    return benchmark, samples
 
 
 class BeforeAndAfter:
@@ -49,7 +58,7 @@ class BeforeAndAfter:
         if settings.data.test is None:
             raise ConfigError("data.test is missing; name a data set to evaluate on, or set evaluation.run=false")
         self.settings = settings
-        self.samples = load_test(settings.data.test, settings.evaluation.limit)
+        self.benchmark, self.samples = load_test(settings.data.test, settings.evaluation.limit)
         self.before: Evaluation | None = None
 
     def ask_untrained(self, assistant: Assistant) -> None:
@@ -57,7 +66,7 @@ class BeforeAndAfter:
         if self.settings.evaluation.before > 0:
             shown = self._shown()[: self.settings.evaluation.before]
             self.before = self._evaluate(assistant, shown, "before training", controls=())
-            self.before.write(self._folder() / "before")
+            self.before.write(self._folder() / BEFORE)
         assistant.forget()
 
     def is_written(self) -> bool:
@@ -68,10 +77,14 @@ class BeforeAndAfter:
         """Evaluate the trained model; write report.json, predictions.jsonl and report.html into the run's folder."""
         assert run.assistant is not None
         run.assistant.forget()
-        evaluation = self._evaluate(run.assistant, self.samples, run.settings.name, self.settings.evaluation.controls)
+        identity = {"run": run.settings.name, "steps": run.steps, "samples": run.samples}
+        journal = journal_in(run.folder, identity, self.benchmark, self.settings.evaluation.max_new_tokens)
+        evaluation = self._evaluate(
+            run.assistant, self.samples, run.settings.name, self.settings.evaluation.controls, journal
+        )
         evaluation.write(run.folder)
-        if self.before is None and (self._folder() / "before").is_dir():
-            self.before = Evaluation.read(self._folder() / "before")
+        if self.before is None and (self._folder() / BEFORE).is_dir():
+            self.before = Evaluation.read(self._folder() / BEFORE)
         curves: dict[str, Sequence[tuple[float, float]]] = {
             "training loss": smoothed(run.curve),
             "validation loss": run.validation,
@@ -86,6 +99,7 @@ class BeforeAndAfter:
             samples=self.samples,
             command=command,
         )
+        journal.close()
         return evaluation
 
     def _folder(self) -> Path:
@@ -96,7 +110,12 @@ class BeforeAndAfter:
         return [by_id[shown.id] for shown in choose_shown(_unanswered(self.samples))]
 
     def _evaluate(
-        self, assistant: Assistant, samples: Sequence[Sample], name: str, controls: Sequence[str]
+        self,
+        assistant: Assistant,
+        samples: Sequence[Sample],
+        name: str,
+        controls: Sequence[str],
+        journal: Journal | None = None,
     ) -> Evaluation:
         settings = self.settings.evaluation
         with assistant.folded():
@@ -104,9 +123,11 @@ class BeforeAndAfter:
                 assistant,
                 samples,
                 name=name,
+                benchmark=self.benchmark,
                 batch_size=settings.batch_size,
                 max_new_tokens=settings.max_new_tokens,
                 controls=controls,
+                journal=journal,
             )
 
 
@@ -144,7 +165,8 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def source_of(model: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The data to evaluate a model on: ``["format=vqa", "path=questions.jsonl"]``, or the test set of its own run.
+    """The questions to ask a model: ``["format=vqa", "path=questions.jsonl"]``, ``["benchmark=pope", "path=..."]``, or
+    the test set of its own run.
 
     Raises:
         ConfigError: a word is not key=value, or nothing was given and the model's folder names no test set.
@@ -153,14 +175,43 @@ def source_of(model: str, overrides: Sequence[str]) -> dict[str, Any]:
         pairs = [word.partition("=") for word in overrides]
         if bad := next((key for key, equals, _ in pairs if not equals), None):
             raise ConfigError(f"{bad!r} has no value; write key=value")
-        source = {key: value for key, _, value in pairs}
-        if "format" not in source:
-            raise ConfigError(f"no format was given; add format=NAME with one of: {', '.join(FORMATS.names())}")
+        source = {key: yaml.safe_load(value) for key, _, value in pairs}
+        if not {"format", "benchmark"} & set(source):
+            raise ConfigError(
+                f"no questions were given; add benchmark=NAME with one of: {', '.join(BENCHMARKS)}; or format=NAME "
+                f"with one of: {', '.join(FORMATS)}"
+            )
         return source
     record = Path(model) / RECORD_FILE
     if not Path(model).exists():
         raise ConfigError(f"model folder {model!r} does not exist; give the folder that training wrote")
     test = json.loads(record.read_text())["settings"]["data"]["test"] if record.is_file() else None
     if test is None:
-        raise ConfigError(f"{model!r} does not say what it was tested on; add format=NAME and its options")
+        raise ConfigError(
+            f"{model!r} does not say what it was tested on; add benchmark=NAME or format=NAME, and its options"
+        )
     return dict(test)
+
+
+def journal_in(folder: Path, identity: Mapping[str, Any], benchmark: Benchmark, max_new_tokens: int | None) -> Journal:
+    """The journal of an evaluation that writes into a folder.
+
+    Args:
+        identity: of the model.
+    """
+    number = benchmark.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return Journal(
+        folder / JOURNAL_FILE, {"model": identity, "by": benchmark.by, "max_new_tokens": number, "eyespot": __version__}
+    )
+
+
+def identity_of(model: str | Path, *others: Any) -> dict[str, Any]:
+    """What tells one model folder from another, without reading the weights: names, sizes and times of its files.
+
+    Args:
+        others: on which answers depend, too: type of the weights, adapter.
+    """
+    files = sorted(path for path in Path(model).rglob("*") if path.is_file())
+    stats = [(str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(repr(stats).encode()).hexdigest()
+    return {"model": str(model), "files": digest, "others": list(map(str, others))}

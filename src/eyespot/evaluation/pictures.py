@@ -16,11 +16,12 @@ import numpy.typing as npt
 import torch
 
 from eyespot.config import TrainSettings
-from eyespot.data import mixture, sources
+from eyespot.data import mixture
 from eyespot.data.collate import image_key
 from eyespot.data.sample import ImageSource, Message, Sample
+from eyespot.evaluation.benchmarks.base import load_questions, make_benchmark
 from eyespot.evaluation.finish import smoothed
-from eyespot.inference import Assistant
+from eyespot.inference import MAX_NEW_TOKENS, Assistant
 from eyespot.processing.images import open_image
 from eyespot.training.run import Run
 
@@ -82,15 +83,14 @@ class Pictures:
 
     def _answers(self, assistant: Assistant) -> list[str]:
         conversations = [([shown.image], list(shown.asked)) for shown in self.shown]
-        return assistant.answer_batch(conversations, self.settings.evaluation.max_new_tokens)
+        return assistant.answer_batch(conversations, self.settings.evaluation.max_new_tokens or MAX_NEW_TOKENS)
 
 
 def _samples(settings: TrainSettings) -> list[Sample]:
     data = settings.data
     if (held_out := data.test or data.validation) is None:
         return mixture.read(data.train, LOOKED_THROUGH)[0]
-    options = {key: value for key, value in held_out.items() if key != "format"}
-    return sources.load(held_out["format"], limit=LOOKED_THROUGH, **options)[0]
+    return load_questions(make_benchmark(held_out), LOOKED_THROUGH)[0]
 
 
 def different(samples: Sequence[Sample], count: int) -> list[Sample]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from eyespot.evaluation.metrics import is_right, normalize_answer
-from eyespot.evaluation.runner import Evaluation, Prediction, truth_of, write_atomically
+from eyespot.evaluation.results import Evaluation, Prediction, write_atomically
+from eyespot.evaluation.runner import truth_of
 from eyespot.processing.images import ImageInput, open_image
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def _pair(prediction: Prediction) -> tuple[str, str]:
 
 
 def _blind_correct(prediction: Prediction) -> bool:
-    return prediction.blind_prediction is not None and is_right(prediction.blind_prediction, prediction.answers)
+    return prediction.blind_score is not None and prediction.blind_score >= 0.5
 
 
 def _earlier(evaluation: Evaluation, before: Evaluation | None) -> dict[str, Prediction]:

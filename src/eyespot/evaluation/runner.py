@@ -2,168 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+import math
 import time
-import uuid
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+import numpy as np
 
 from eyespot.data.boxes import is_box
-from eyespot.evaluation.controls import blind, image_key, majority, prompt_key, shuffled
-from eyespot.evaluation.metrics import (
-    Difference,
-    cluster_bootstrap,
-    is_right,
-    normalize_answer,
-    paired_bootstrap,
-)
+from eyespot.evaluation.asking import Answerer, Journal, Said, ask_all
+from eyespot.evaluation.benchmarks.base import Benchmark, Questions, Reference, Scored, make_benchmark
+from eyespot.evaluation.controls import blind, majority, shuffled
+from eyespot.evaluation.metrics import Difference, cluster_bootstrap, is_right, normalize_answer, paired_bootstrap
+from eyespot.evaluation.results import Calibration, Confusion, Evaluation, Prediction, Score, TypeScore
 from eyespot.registry import closest
 
 if TYPE_CHECKING:
     from eyespot.data.sample import Sample
-    from eyespot.processing.images import ImageInput
-    from eyespot.processing.prompt import Message
 
-CONTROLS = ("blind", "shuffled", "majority")
+CONTROLS = ("blind", "shuffled", "majority", "always")
 # A model sees only if it beats both; majority is an oracle that need not be beaten.
 PICTURE_CONTROLS = ("blind", "shuffled")
+FIXED_ANSWERS = ("yes", "no")
 NUM_CONFUSIONS = 12
-REPORT_FILE = "report.json"
-PREDICTIONS_FILE = "predictions.jsonl"
-
-
-class Answerer(Protocol):
-    """All that evaluation knows of a model."""
-
-    def answer_batch(
-        self, conversations: Sequence[tuple[Sequence[ImageInput], Sequence[Message]]], max_new_tokens: int
-    ) -> list[str]:
-        """One greedy answer for each (images, messages); the messages end with a user turn."""
-        ...
-
-
-@dataclass(frozen=True)
-class Score:
-    """Share of right answers and its interval over pictures, both in [0, 1]."""
-
-    accuracy: float
-    interval: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class TypeScore:
-    """One kind of question. The last four are for yes/no questions only: shares in [0, 1] of all its questions."""
-
-    num_questions: int
-    accuracy: float
-    interval: tuple[float, float]
-    controls: dict[str, float]
-    yes_rate: float | None = None
-    neither_rate: float | None = None
-    always_yes: float | None = None
-    always_no: float | None = None
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """A wrong pair, normalised, and how often it came."""
-
-    truth: str
-    prediction: str
-    count: int
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What was asked and answered; a control that was not run is None."""
-
-    id: str
-    group: str
-    question: str
-    prediction: str
-    answers: tuple[str, ...]
-    correct: bool
-    blind_prediction: str | None = None
-    shuffled_prediction: str | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of ``evaluate``.
-
-    accuracy and interval are those with the right picture; ``controls`` and ``differences`` (score minus control,
-    paired by question) are by the control's name. ``seconds`` is the time of all answers, controls included, and
-    ``questions_per_second`` the distinct inputs asked in that time, so shared answers do not flatter it.
-    """
-
-    name: str
-    num_questions: int
-    num_pictures: int
-    accuracy: float
-    interval: tuple[float, float]
-    controls: dict[str, Score]
-    differences: dict[str, Difference]
-    verdict: str
-    by_type: dict[str, TypeScore]
-    confusions: tuple[Confusion, ...]
-    predictions: tuple[Prediction, ...]
-    seconds: float
-    questions_per_second: float
-    settings: dict[str, Any]
-
-    @property
-    def difference(self) -> Difference | None:
-        """Score minus blind score, paired, with its interval; None if the blind control was not run."""
-        return self.differences.get("blind")
-
-    @property
-    def sees(self) -> bool:
-        return self.verdict.startswith("sees:")
-
-    def to_json(self) -> str:
-        """Everything but the predictions, which have a file of their own, one a line."""
-        report = asdict(self)
-        del report["predictions"]
-        report["differences"] = {name: difference._asdict() for name, difference in self.differences.items()}
-        return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def write(self, folder: str | Path) -> Path:
-        """Write report.json and predictions.jsonl, each whole or not at all; returns the path of report.json."""
-        folder = Path(folder)
-        lines = [json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in self.predictions]
-        write_atomically(folder / PREDICTIONS_FILE, "".join(lines))
-        return write_atomically(folder / REPORT_FILE, self.to_json())
-
-    @classmethod
-    def read(cls, folder: str | Path) -> Self:
-        """The evaluation that ``write`` put there. Raises FileNotFoundError if a file is missing."""
-        report = json.loads((Path(folder) / REPORT_FILE).read_text(encoding="utf-8"))
-        with (Path(folder) / PREDICTIONS_FILE).open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        report["predictions"] = tuple(Prediction(**{**row, "answers": tuple(row["answers"])}) for row in rows)
-        report["confusions"] = tuple(Confusion(**row) for row in report["confusions"])
-        report["differences"] = {name: Difference(**row) for name, row in report["differences"].items()}
-        report["controls"] = {name: Score(**_with_interval(row)) for name, row in report["controls"].items()}
-        report["by_type"] = {name: TypeScore(**_with_interval(row)) for name, row in report["by_type"].items()}
-        return cls(**_with_interval(report))
+LONGEST_CONFUSED = 40  # characters of a truth; whole captions are not confused with each other
 
 
 def evaluate(
@@ -171,13 +39,15 @@ def evaluate(
     samples: Sequence[Sample],
     *,
     name: str,
+    benchmark: Benchmark | None = None,
     batch_size: int = 64,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
     controls: Sequence[str] = CONTROLS,
     seed: int = 0,
     progress: bool | None = None,
+    journal: Journal | None = None,
 ) -> Evaluation:
-    """Share of right answers of a model (see ``is_right``), beside the same questions without their pictures.
+    """Score of a model on all questions, beside the same questions without their pictures.
 
     Greedy answers are a function of the input, so equal (images, messages) are asked once and the answer is shared: a
     thousand yes/no questions without pictures are a handful of inputs, and a shuffled question may be one that was
@@ -187,17 +57,22 @@ def evaluate(
         answerer: the model.
         samples: what to ask; the last message of each is the answer and is not shown to the model.
         name: of this evaluation, for the report.
+        benchmark: scores the answers; unless given one is right if it is accepted (see ``is_right``).
         batch_size: conversations handed over at once.
-        max_new_tokens: limit of each answer.
-        controls: any of blind, shuffled (see ``controls``) and majority, the best that a text-only guesser could do.
+        max_new_tokens: limit of each answer; the benchmark's own unless given.
+        controls: any of blind, shuffled (see ``controls``), majority, the best that a text-only guesser could do, and
+            always, which says yes, and no, to everything if all questions are yes/no questions.
         seed: of the shuffled pictures and of the bootstrap.
         progress: True shows a bar on stderr, False does not, None does if stderr is a terminal.
+        journal: keeps answers while they come in, and gives those of an evaluation that was stopped.
 
     Raises:
         ValueError: no sample, ids that repeat, a sample without answers or without a question before its answer, an
             unknown control, a limit below 1, shuffling with one picture only, or an answerer that returns another
             number of answers than it was asked.
     """
+    benchmark = Questions() if benchmark is None else benchmark
+    max_new_tokens = benchmark.max_new_tokens if max_new_tokens is None else max_new_tokens
     _check(samples, batch_size, max_new_tokens, controls)
     conditions = {"pictures": list(samples)}
     if "blind" in controls:
@@ -205,36 +80,50 @@ def evaluate(
     if "shuffled" in controls:
         conditions["shuffled"] = shuffled(samples, seed)
     started = time.perf_counter()
-    texts, num_asked = _answers(answerer, conditions, batch_size, max_new_tokens, progress)
+    said, num_asked = ask_all(
+        answerer,
+        conditions,
+        by=benchmark.by,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+        journal=journal,
+    )
     seconds = time.perf_counter() - started
-    if "majority" in controls:
-        texts["majority"] = majority(samples)
     settings = {
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "controls": list(controls),
         "seed": seed,
+        "by": benchmark.by,
+        "source": benchmark.source,
         "num_asked": num_asked,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
     }
-    return _evaluation(name, samples, texts, seconds, settings)
+    if "majority" in controls:
+        said["majority"] = [Said(text) for text in majority(samples)]
+    predictions = _predictions(samples, said)
+    num_pictures = len({sample.group for sample in samples if sample.images})
+    return _evaluation(name, benchmark, predictions, num_pictures, seconds, settings)
 
 
-def write_atomically(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text so that a reader finds the old file or the whole new one; folders are made as needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+def rescore(folder: str | Path, benchmark: Benchmark | None = None) -> Evaluation:
+    """The evaluation of a folder, with scores computed anew from its predictions.jsonl; nothing is asked.
+
+    Args:
+        folder: where ``Evaluation.write`` wrote.
+        benchmark: the one that the evaluation names, unless given.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the evaluation is of a benchmark that is not known here, or of another version of eyespot.
+    """
+    earlier = Evaluation.read(folder)
+    benchmark = make_benchmark(earlier.settings["source"]) if benchmark is None else benchmark
+    return _evaluation(
+        earlier.name, benchmark, earlier.predictions, earlier.num_pictures, earlier.seconds, earlier.settings
+    )
 
 
 def question_text(sample: Sample) -> str:
@@ -273,116 +162,106 @@ def _check(samples: Sequence[Sample], batch_size: int, max_new_tokens: int, cont
             raise ValueError(f"sample {sample.id!r} has 0 answers, at least 1 is needed; give one or drop it")
 
 
-def _answers(
-    answerer: Answerer,
-    conditions: Mapping[str, Sequence[Sample]],
-    batch_size: int,
-    max_new_tokens: int,
-    progress: bool | None,
-) -> tuple[dict[str, list[str]], int]:
-    """Answers by condition in the order of its samples, and the number of distinct inputs that were asked."""
-    known: dict[Hashable, str] = {}
-    keys = {name: [_input_key(sample) for sample in samples] for name, samples in conditions.items()}
-    with _bar(progress) as bar:
-        tasks = {name: bar.add_task(name, total=None, rate="") for name in conditions}
-        for name, samples in conditions.items():
-            new = {key: sample for key, sample in zip(keys[name], samples, strict=True) if key not in known}
-            _ask(answerer, new, batch_size, max_new_tokens, known, bar, tasks[name])
-    return {name: [known[key] for key in condition_keys] for name, condition_keys in keys.items()}, len(known)
+def _predictions(samples: Sequence[Sample], said: Mapping[str, Sequence[Said]]) -> list[Prediction]:
+    """Not scored yet."""
+
+    def text(condition: str, row: int) -> str | None:
+        return said[condition][row].text if condition in said else None
+
+    return [
+        Prediction(
+            id=sample.id,
+            group=sample.group,
+            kind=sample.kind or ("yes/no" if _is_yes_no(sample) else "other"),
+            question=question_text(sample),
+            options=tuple(sample.options),
+            answers=tuple(sample.answers),
+            prediction=said["pictures"][row].text,
+            score=0.0,
+            probability=_probability(said["pictures"][row].log_prob),
+            blind_prediction=text("blind", row),
+            shuffled_prediction=text("shuffled", row),
+            majority_prediction=text("majority", row),
+        )
+        for row, sample in enumerate(samples)
+    ]
 
 
-def _input_key(sample: Sample) -> Hashable:
-    return tuple(image_key(image) for image in sample.images), prompt_key(sample)
-
-
-def _ask(
-    answerer: Answerer,
-    new: Mapping[Hashable, Sample],
-    batch_size: int,
-    max_new_tokens: int,
-    known: dict[Hashable, str],
-    bar: Progress,
-    task: TaskID,
-) -> None:
-    """Add the answer to each new input to the known ones."""
-    bar.update(task, total=len(new))
-    started = time.perf_counter()
-    keys = _in_order(new)
-    for start in range(0, len(keys), batch_size):
-        batch = keys[start : start + batch_size]
-        answers = answerer.answer_batch([(new[key].images, new[key].messages[:-1]) for key in batch], max_new_tokens)
-        if len(answers) != len(batch):
-            raise ValueError(f"answer_batch got {len(batch)} conversations and gave {len(answers)} answers; one each")
-        known.update(zip(batch, answers, strict=True))
-        rate = (start + len(batch)) / max(time.perf_counter() - started, 1e-9)
-        bar.update(task, advance=len(batch), rate=f"{rate:.1f}/s")
-
-
-def _in_order(new: Mapping[Hashable, Sample]) -> list[Hashable]:
-    """Questions about one picture together, because they can share it, and the pictures with the longest ones first: a
-    batch that does not fit into memory fails at once, and the time left is not underestimated."""
-    pictures: dict[Hashable, list[Hashable]] = {}
-    for number, (key, sample) in enumerate(new.items()):
-        pictures.setdefault(tuple(map(image_key, sample.images)) or number, []).append(key)
-
-    def length(key: Hashable) -> int:
-        return len(prompt_key(new[key]))
-
-    groups = [sorted(group, key=length, reverse=True) for group in pictures.values()]
-    return [key for group in sorted(groups, key=lambda group: length(group[0]), reverse=True) for key in group]
-
-
-def _bar(progress: bool | None) -> Progress:
-    shown = sys.stderr.isatty() if progress is None else progress
-    return Progress(
-        TextColumn("{task.description:<9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True, force_terminal=shown),
-        disable=not shown,
-    )
+def _probability(log_prob: float | None) -> float | None:
+    return None if log_prob is None else min(math.exp(log_prob), 1.0)
 
 
 def _evaluation(
     name: str,
-    samples: Sequence[Sample],
-    texts: Mapping[str, Sequence[str]],
+    benchmark: Benchmark,
+    rows: Sequence[Prediction],
+    num_pictures: int,
     seconds: float,
     settings: dict[str, Any],
 ) -> Evaluation:
-    groups = [sample.group for sample in samples]
-    seed = settings["seed"]
-    correct = {
-        condition: [is_right(text, sample.answers) for text, sample in zip(answers, samples, strict=True)]
-        for condition, answers in texts.items()
+    scored = {
+        condition: benchmark.score(texts, rows) for condition, texts in _texts(rows, settings["controls"]).items()
     }
-    scores = {condition: _score(right, groups, seed) for condition, right in correct.items()}
+    blind_scores = scored["blind"].samples if "blind" in scored else [None] * len(rows)
+    rows = [
+        replace(row, score=score, blind_score=blind_score)
+        for row, score, blind_score in zip(rows, scored["pictures"].samples, blind_scores, strict=True)
+    ]
+    judge = _Judge(benchmark.limit, [row.group for row in rows], settings["seed"])
+    scores = {condition: judge.score(each.samples) for condition, each in scored.items()}
     whole = scores.pop("pictures")
-    differences = {
-        control: paired_bootstrap(correct["pictures"], correct[control], groups, seed=seed) for control in scores
-    }
+    differences = {control: judge.difference(scored["pictures"].samples, scored[control].samples) for control in scores}
     return Evaluation(
         name=name,
-        num_questions=len(samples),
-        num_pictures=len({sample.group for sample in samples if sample.images}),
+        benchmark=benchmark.source.get("benchmark", "questions"),
+        measure=benchmark.measure,
+        limit=benchmark.limit,
+        num_questions=len(rows),
+        num_pictures=num_pictures,
         accuracy=whole.accuracy,
         interval=whole.interval,
         controls=scores,
         differences=differences,
         verdict=_verdict(differences),
-        by_type=_by_type(samples, texts["pictures"], correct, seed),
-        confusions=_confusions(samples, texts["pictures"], correct["pictures"]),
-        predictions=_predictions(samples, texts, correct["pictures"]),
+        figures={condition: dict(each.figures) for condition, each in scored.items() if each.figures},
+        by_type=_by_type(benchmark, rows, scored, settings["seed"]),
+        confusions=_confusions(rows),
+        calibration=_calibration(rows, benchmark.limit),
+        predictions=tuple(rows),
         seconds=seconds,
         questions_per_second=settings["num_asked"] / max(seconds, 1e-9),
         settings=settings,
     )
 
 
-def _score(correct: Sequence[bool], groups: Sequence[str], seed: int) -> Score:
-    return Score(sum(correct) / len(correct), cluster_bootstrap(correct, groups, seed=seed))
+def _texts(rows: Sequence[Prediction], controls: Sequence[str]) -> dict[str, list[str]]:
+    """What was said in every condition, and what always the same answer would be."""
+    texts: dict[str, list[str]] = {"pictures": [row.prediction for row in rows]}
+    for control in ("blind", "shuffled", "majority"):
+        if control in controls:
+            texts[control] = [getattr(row, f"{control}_prediction") for row in rows]
+    if "always" in controls and all(map(_is_yes_no, rows)):
+        texts |= {f"always {word}": [word] * len(rows) for word in FIXED_ANSWERS}
+    return texts
+
+
+class _Judge:
+    """Means and intervals of scores in [0, limit] over the same questions."""
+
+    def __init__(self, limit: float, groups: Sequence[str], seed: int) -> None:
+        self.limit, self.groups, self.seed = limit, groups, seed
+
+    def score(self, samples: Sequence[float]) -> Score:
+        shares = self._shares(samples)
+        low, high = cluster_bootstrap(shares, self.groups, seed=self.seed)
+        return Score(float(shares.mean()) * self.limit, (low * self.limit, high * self.limit))
+
+    def difference(self, samples: Sequence[float], control: Sequence[float]) -> Difference:
+        shares = paired_bootstrap(self._shares(samples), self._shares(control), self.groups, seed=self.seed)
+        return Difference(*(value * self.limit for value in shares))
+
+    def _shares(self, samples: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.asarray(samples, dtype=np.float64) / self.limit
 
 
 def _verdict(differences: Mapping[str, Difference]) -> str:
@@ -398,40 +277,40 @@ def _verdict(differences: Mapping[str, Difference]) -> str:
 
 
 def _by_type(
-    samples: Sequence[Sample], texts: Sequence[str], correct: Mapping[str, Sequence[bool]], seed: int
+    benchmark: Benchmark, rows: Sequence[Prediction], scored: Mapping[str, Scored], seed: int
 ) -> dict[str, TypeScore]:
     """By the kind of the question, where the data say it, else by that of the answer."""
-    rows: dict[str, list[int]] = {"yes/no": [], "other": []}
-    for row, sample in enumerate(samples):
-        kind = sample.kind or ("yes/no" if _is_yes_no(sample) else "other")
-        rows.setdefault(kind, []).append(row)
-    return {kind: _type_score(chosen, samples, texts, correct, seed) for kind, chosen in rows.items() if chosen}
+    places: dict[str, list[int]] = {"yes/no": [], "other": []}
+    for place, row in enumerate(rows):
+        places.setdefault(row.kind, []).append(place)
+    return {
+        kind: _type_score(benchmark, [rows[place] for place in chosen], _chosen(scored, chosen), seed)
+        for kind, chosen in places.items()
+        if chosen
+    }
 
 
-def _is_yes_no(sample: Sample) -> bool:
-    return truth_of(sample.answers) in ("yes", "no")
+def _chosen(scored: Mapping[str, Scored], places: Sequence[int]) -> dict[str, list[float]]:
+    return {condition: [each.samples[place] for place in places] for condition, each in scored.items()}
 
 
 def _type_score(
-    rows: Sequence[int],
-    samples: Sequence[Sample],
-    texts: Sequence[str],
-    correct: Mapping[str, Sequence[bool]],
-    seed: int,
+    benchmark: Benchmark, rows: Sequence[Prediction], samples: Mapping[str, Sequence[float]], seed: int
 ) -> TypeScore:
-    score = _score([correct["pictures"][row] for row in rows], [samples[row].group for row in rows], seed)
-    controls = {
-        name: sum(right[row] for row in rows) / len(rows) for name, right in correct.items() if name != "pictures"
-    }
-    if not all(_is_yes_no(samples[row]) for row in rows):
-        return TypeScore(len(rows), score.accuracy, score.interval, controls)
-    said = Counter(normalize_answer(texts[row]) for row in rows)
-    always = {word: sum(is_right(word, samples[row].answers) for row in rows) / len(rows) for word in ("yes", "no")}
+    score = _Judge(benchmark.limit, [row.group for row in rows], seed).score(samples["pictures"])
+    controls = {name: sum(values) / len(rows) for name, values in samples.items() if name != "pictures"}
+    texts = [row.prediction for row in rows]
+    figures = dict(benchmark.score(texts, rows).figures)
+    if not all(map(_is_yes_no, rows)):
+        return TypeScore(len(rows), score.accuracy, score.interval, controls, figures)
+    said = Counter(map(normalize_answer, texts))
+    always = {word: sum(is_right(word, row.answers) for row in rows) / len(rows) for word in FIXED_ANSWERS}
     return TypeScore(
         len(rows),
         score.accuracy,
         score.interval,
         controls,
+        figures,
         yes_rate=said["yes"] / len(rows),
         neither_rate=(len(rows) - said["yes"] - said["no"]) / len(rows),
         always_yes=always["yes"],
@@ -439,33 +318,29 @@ def _type_score(
     )
 
 
-def _confusions(samples: Sequence[Sample], texts: Sequence[str], correct: Sequence[bool]) -> tuple[Confusion, ...]:
+def _is_yes_no(reference: Reference) -> bool:
+    return truth_of(reference.answers) in FIXED_ANSWERS
+
+
+def _confusions(rows: Sequence[Prediction]) -> tuple[Confusion, ...]:
     """The most frequent wrong pairs, the most frequent first, then by the alphabet; no two boxes are the same."""
-    pairs = Counter(
-        (truth_of(sample.answers), normalize_answer(text))
-        for sample, text, right in zip(samples, texts, correct, strict=True)
-        if not right and not is_box(truth_of(sample.answers))
-    )
+    wrong = ((truth_of(row.answers), normalize_answer(row.prediction)) for row in rows if not row.correct)
+    pairs = Counter(pair for pair in wrong if len(pair[0]) <= LONGEST_CONFUSED and not is_box(pair[0]))
     ordered = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))
     return tuple(Confusion(truth, prediction, count) for (truth, prediction), count in ordered[:NUM_CONFUSIONS])
 
 
-def _predictions(
-    samples: Sequence[Sample], texts: Mapping[str, Sequence[str]], correct: Sequence[bool]
-) -> tuple[Prediction, ...]:
-    return tuple(
-        Prediction(
-            id=sample.id,
-            group=sample.group,
-            question=question_text(sample),
-            prediction=texts["pictures"][row],
-            answers=tuple(sample.answers),
-            correct=correct[row],
-            blind_prediction=texts["blind"][row] if "blind" in texts else None,
-            shuffled_prediction=texts["shuffled"][row] if "shuffled" in texts else None,
-        )
-        for row, sample in enumerate(samples)
-    )
+def _calibration(rows: Sequence[Prediction], limit: float) -> dict[str, Calibration]:
+    """Of all answers that have a probability, and of those to yes/no questions, where scores are shares."""
+    given = [row for row in rows if row.probability is not None]
+    parts = {"all": given, "yes/no": [row for row in given if _is_yes_no(row)]}
+    if parts["yes/no"] == given:
+        del parts["all"]
+    return {
+        name: Calibration.of([row.probability or 0.0 for row in part], [row.score for row in part])
+        for name, part in parts.items()
+        if part and limit == 1
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -476,8 +351,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return versions
-
-
-def _with_interval(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples; the interval becomes one again."""
-    return {**row, "interval": tuple(row["interval"])}
