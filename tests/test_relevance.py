@@ -397,6 +397,14 @@ def test_kept_cells_have_their_own_places() -> None:
         assert found is not None and found.flatten().tolist() == expected
 
 
+def test_five_tokens_of_a_kept_cell_have_one_place() -> None:
+    settings = {"name": "conv", "conv_dim": 16, "keep": 2}
+    model = make_vlm(connector={**settings, "boxes": True}, num_image_tokens=10)
+    features = torch.randn(1, NUM_PATCHES, 24, generator=torch.Generator().manual_seed(0))
+    found = on_tokens(model, features, torch.arange(10.0).view(1, 10))
+    assert found is not None and sorted(found.flatten().tolist()) == [0, 0, 0 + 1 + 2 + 3 + 4, 5 + 6 + 7 + 8 + 9]
+
+
 def test_queries_have_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"num_queries": 2, "depth": 1, "heads": 2, "head_dim": 8}
     assistant = build({"name": "perceiver", "args": sizes})

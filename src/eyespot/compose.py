@@ -12,6 +12,7 @@ from typing import Any
 import PIL.Image
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -125,6 +126,8 @@ def build_from_settings(settings: ModelSettings) -> tuple[VLM, Processor]:
         tie_word_embeddings=bool(getattr(language.config, "tie_word_embeddings", False)),
     )
     model = VLM(config, vision=vision, language=language)
+    if hasattr(model.connector, "learn_digits") and settings.connector.args.get("boxes"):
+        model.connector.learn_digits(*digit_embeddings(language, tokenizer))  # type: ignore[operator]
     config.num_image_tokens = model.connector.num_tokens(patches + prefix * settings.vision.keep_cls)  # type: ignore[operator]
     config.float32_parts = [
         part
@@ -148,6 +151,14 @@ def build_from_settings(settings: ModelSettings) -> tuple[VLM, Processor]:
         processor.text_tokenizer, processor.text_folder = text_tokenizer, TEXT_FOLDER
     set_generation_defaults(model, processor)
     return model, processor
+
+
+def digit_embeddings(language: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """How a language model embeds the digits, float32 [10, D], and the end of a line, float32 [D]."""
+    embed = language.get_input_embeddings()
+    ids = [tokenizer(text, add_special_tokens=False).input_ids[-1:] for text in (*"0123456789", "\n")]
+    vectors = [embed(torch.tensor(one, device=embed.weight.device)).detach().float().sum(0) for one in ids]
+    return torch.stack(vectors[:-1]), vectors[-1]
 
 
 def _load_text_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase | None:

@@ -30,7 +30,12 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"factor": 2},
     ],
     "pixel_shuffle": [{}, {"factor": 1}, {"factor": 4, "bias": True}],
-    "conv": [{"conv_dim": 16}, {"depth": 2, "conv_dim": 32, "hidden_dim": 20}, {"conv_dim": 16, "keep": 3}],
+    "conv": [
+        {"conv_dim": 16},
+        {"depth": 2, "conv_dim": 32, "hidden_dim": 20},
+        {"conv_dim": 16, "keep": 3},
+        {"conv_dim": 16, "keep": 3, "boxes": True},
+    ],
     "perceiver": [
         {"num_queries": 5, "depth": 2, "heads": 2, "head_dim": 8},
         {"num_queries": 1, "depth": 1, "heads": 3, "head_dim": 4, "mlp_ratio": 1.5},

@@ -136,6 +136,17 @@ def test_order_in_memory_and_padding_change_nothing(monkeypatch: pytest.MonkeyPa
 
 
 @needs_weights
+def test_fixed_blocks_never_learn() -> None:
+    model = build_efficientnet_lite(image_size=32, features="blocks", num_blocks=4, fixed_blocks=2, pretrained=False)
+    fixed = {id(p) for p in model.fixed_parameters()}
+    names = {name.split(".")[0] + name.split(".")[1][:1] * name.startswith("_blocks") for name, p in
+             model.named_parameters() if id(p) in fixed}  # fmt: skip
+    assert names == {"_conv_stem", "_bn0", "_blocks0", "_blocks1"}
+    assert build_efficientnet_lite(image_size=32, pretrained=False).fixed_parameters() == []
+    with pytest.raises(ValueError, match="fixed_blocks is 5; there are 4 blocks, so give 0 to 4"):
+        build_efficientnet_lite(image_size=32, features="blocks", num_blocks=4, fixed_blocks=5, pretrained=False)
+
+
 @pytest.mark.parametrize(("num_blocks", "width", "stride"), [(1, 16, 2), (3, 24, 4), (11, 112, 16), (16, 320, 32)])
 def test_cut_at_any_block(num_blocks: int, width: int, stride: int) -> None:
     whole = build_efficientnet_lite(image_size=64, features="blocks")

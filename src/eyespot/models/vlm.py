@@ -470,6 +470,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             for name, parameter in getattr(self, part).named_parameters():
                 is_full = mode == "full" and "lora_" not in name
                 parameter.requires_grad_(is_adapter(name, bias) if mode == "lora" else is_full)
+        for parameter in getattr(self.vision, "fixed_parameters", list)():
+            parameter.requires_grad_(False)
         if not any(p.requires_grad for p in self.part_parameters("alignment")):
             for parameter in getattr(self.connector, "text_side", list)():
                 parameter.requires_grad_(False)

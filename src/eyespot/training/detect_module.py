@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eyespot.models.connectors.conv import Cells
 from eyespot.models.detection import (
     Detection,
     Objects,
@@ -41,20 +42,20 @@ class DetectModule(LossesModule):
 
     def shares_of(self, batch: Batch, counts: Sequence[int], step: int, rank: int) -> dict[str, Tensor]:
         """See LossesModule; batch: see ObjectCollator."""
-        tokens, scores = self._cells(batch)
+        cells = self._cells(batch)
         names, objects = self._global_names(batch, counts)
         num_objects = max(1, self._total(len(objects.name), counts))
-        self._found = logits, boxes = self._read(tokens, names, objects)
+        self._found = logits, boxes = self._read(cells, names, objects)
         targets = name_targets(objects, logits.shape)
         names_found, names_there = logits, targets
-        if scores is not None:  # as if "something" were a name, too
-            names_found = torch.cat([logits, scores.float().unsqueeze(-1)], dim=-1)
+        if cells.scores is not None:  # as if "something" were a name, too
+            names_found = torch.cat([logits, cells.scores.float().unsqueeze(-1)], dim=-1)
             names_there = torch.cat([targets, targets.amax(-1, keepdim=True)], dim=-1)
         shares = {
             "names": name_loss(names_found, names_there) / num_objects,
-            "words": word_loss(tokens, names, objects) / num_objects,
+            "words": word_loss(cells.tokens, names, objects) / num_objects,
             "counts": count_loss(logits, targets) / num_objects,
-            "boxes": box_loss(boxes, objects.box, tokens.shape[1]) / num_objects,
+            "boxes": box_loss(boxes, objects.box, cells.tokens.shape[1]) / num_objects,
         }
         self._objects = objects
         return {name: shares[name] for name in self.weights}
@@ -72,26 +73,26 @@ class DetectModule(LossesModule):
             "iou": (float(ious.sum()), len(ious)),
         }
 
-    def _cells(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What every cell of the grid is as a token, [N, K, D], and how much it is worth keeping, [N, K] or None."""
+    def _cells(self, batch: Batch) -> Cells:
         features = batch.get("image_features")
         if features is None:
             features = self.model.encode_images(batch["pixel_values"])
         connector: Any = self.model.connector
         if hasattr(connector, "all_cells"):
-            cells: tuple[Tensor, Tensor | None] = connector.all_cells(self.model.connector_inputs(features))
+            cells: Cells = connector.all_cells(self.model.connector_inputs(features))
             return cells
-        return self.model.embed_images(image_features=features), None
+        return Cells(self.model.embed_images(image_features=features))
 
     @property
     def head(self) -> Detection:
         assert self.model.detection is not None
         return self.model.detection
 
-    def _read(self, tokens: Tensor, names: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
+    def _read(self, cells: Cells, names: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
         """Scores of all cells and names, float32 [N, K, M], and boxes of the objects' cells, float32 [O, 4]."""
-        own = tokens[objects.image, objects.cells(tokens.shape[1])]
-        return self.head.name_logits(tokens, names), self.head.boxes(own)
+        places = objects.image, objects.cells(cells.tokens.shape[1])
+        boxes = self.head.boxes(cells.tokens[places]) if cells.boxes is None else cells.boxes[places].float()
+        return self.head.name_logits(cells.tokens, names), boxes
 
     def _global_names(self, batch: Batch, counts: Sequence[int]) -> tuple[Tensor, Objects]:
         """Vectors of the names of all devices, each once, float32 [M, D], and the own objects with their numbers."""

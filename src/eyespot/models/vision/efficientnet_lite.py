@@ -108,9 +108,10 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
     `image_size` None means the variant's own: 224, 240 or 260. `features` is "head" (1280 wide, after the last
     convolution) or "blocks" (320 or 352 wide, before it). `num_blocks` keeps so many blocks, with `features` "blocks",
-    for finer grids: 11 of variant 0 end 112 wide at a sixteenth of the picture's side. `frozen_batch_norm` keeps the
-    running statistics fixed even in training, because small batches spoil them. Mean and std are 127/255 and 128/255,
-    as the weights were trained.
+    for finer grids: 11 of variant 0 end 112 wide at a sixteenth of the picture's side. The stem and `fixed_blocks`
+    blocks never learn, also where the encoder does: they are most of the work, and know edges and colours already.
+    `frozen_batch_norm` keeps the running statistics fixed even in training, because small batches spoil them. Mean and
+    std are 127/255 and 128/255, as the weights were trained.
 
     Raises:
         ValueError: an unknown variant or kind of features, an image size below 32, or a number of blocks that does not
@@ -123,6 +124,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     image_size: int | None = None
     features: str = "head"
     num_blocks: int | None = None
+    fixed_blocks: int = 0
     frozen_batch_norm: bool = True
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
@@ -138,6 +140,9 @@ class EfficientNetLiteConfig(PreTrainedConfig):
                 raise ValueError(f"num_blocks is {self.num_blocks}; variant {self.variant} has 1 to {most}")
             if self.features != "blocks":
                 raise ValueError("num_blocks is set but features is 'head', which follows the last block; use 'blocks'")
+        if not 0 <= self.fixed_blocks <= len(block_stages(self.variant, self.num_blocks)):
+            most = len(block_stages(self.variant, self.num_blocks))
+            raise ValueError(f"fixed_blocks is {self.fixed_blocks}; there are {most} blocks, so give 0 to {most}")
         if self.image_size is None:
             self.image_size = SCALINGS[self.variant].image_size
         if self.image_size < 32:
@@ -260,6 +265,11 @@ class EfficientNetLiteModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self._conv_stem
 
+    def fixed_parameters(self) -> list[nn.Parameter]:
+        """Those that do not learn in any mode."""
+        fixed = [self._conv_stem, self._bn0, *self._blocks[: self.config.fixed_blocks]]
+        return [p for module in fixed for p in module.parameters()] if self.config.fixed_blocks else []
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
@@ -362,6 +372,7 @@ def build_efficientnet_lite(
     image_size: int | None = None,
     features: str = "head",
     num_blocks: int | None = None,
+    fixed_blocks: int = 0,
     pretrained: bool = True,
     frozen_batch_norm: bool = True,
 ) -> EfficientNetLiteModel:
@@ -376,6 +387,7 @@ def build_efficientnet_lite(
         image_size=image_size,
         features=features,
         num_blocks=num_blocks,
+        fixed_blocks=fixed_blocks,
         frozen_batch_norm=frozen_batch_norm,
     )
     model = EfficientNetLiteModel(config)
