@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +14,13 @@ from typing import Any
 
 import pytest
 
+from eyespot.data.sample import Sample
+from eyespot.evaluation.asking import Journal
+from eyespot.evaluation.benchmarks.base import Questions, Scored, make_benchmark
 from eyespot.evaluation.controls import blind, shuffled
-from eyespot.evaluation.results import Evaluation, write_atomically
-from eyespot.evaluation.runner import evaluate
+from eyespot.evaluation.results import Calibration, Evaluation, write_atomically
+from eyespot.evaluation.runner import evaluate, rescore
+from eyespot.inference import Answer, AnswerScore
 
 
 def key(conversation: Any) -> str:
@@ -199,3 +206,148 @@ def test_questions_about_one_picture_are_asked_side_by_side(fakes: SimpleNamespa
 def test_one_picture_never_counts_as_seeing(fakes: SimpleNamespace, samples: list[Any]) -> None:
     result = evaluate(fakes.Seeing(), samples[2:4], name="one", controls=("blind",))
     assert result.verdict == "does not see: +100.0 points [-100.0, 100.0] over blind"
+
+
+def test_yes_no_benchmarks_have_fixed_answers_as_controls(fakes: SimpleNamespace, samples: list[Any]) -> None:
+    asked = [sample for sample in samples if sample.id.endswith("-b")]
+    result = evaluate(fakes.Seeing(), asked, name="red?")
+    assert result.controls["always no"].accuracy == 0.75 and result.controls["always yes"].accuracy == 0.25
+    assert result.differences["always no"].difference == pytest.approx(0.25)
+    assert "always no" not in evaluate(fakes.Seeing(), samples, name="mixed").controls
+
+
+class Doubting:
+    """Sees, and says how probable it finds its answers; compares options by their length."""
+
+    def __init__(self, fakes: SimpleNamespace, fail_after: int = 10**6) -> None:
+        self.seeing, self.fail_after = fakes.Seeing(), fail_after
+
+    def answer_scored(self, conversations: Any, max_new_tokens: int) -> list[Answer]:
+        if len(self.seeing.batches) == self.fail_after:
+            raise KeyboardInterrupt
+        texts = self.seeing.answer_batch(conversations, max_new_tokens)
+        return [Answer(text, math.log(0.95 if text == "Yes." else 0.65)) for text in texts]
+
+    def score_answers(self, conversations: Any) -> list[AnswerScore]:
+        said = [messages[-1]["content"][0]["text"] for _, messages in conversations]
+        return [AnswerScore(-len(text) / 2, False) for text in said]
+
+
+def test_probabilities_are_kept_and_compared_with_the_share_of_right_answers(
+    fakes: SimpleNamespace, samples: list[Any]
+) -> None:
+    result = evaluate(Doubting(fakes), samples, name="colours")
+    assert sorted({row.probability or 0 for row in result.predictions}) == pytest.approx([0.65, 0.95])
+    overall = result.calibration["all"]
+    assert overall.number == (70, 10) and overall.accuracy == (1.0, 1.0)
+    assert overall.probability == (pytest.approx(0.65), pytest.approx(0.95))
+    assert overall.error == pytest.approx((70 * 0.35 + 10 * 0.05) / 80)
+    assert sum(result.calibration["yes/no"].number) == 40
+    assert evaluate(fakes.Seeing(), samples, name="colours").calibration == {}
+
+
+def test_calibration_by_hand() -> None:
+    found = Calibration.of([0.95, 1.0, 0.91, 0.05, 0.1], [1, 0, 1, 0, 1])
+    assert found.number == (1, 1, 3) and found.accuracy == pytest.approx((0, 1, 2 / 3))
+    assert found.probability == pytest.approx((0.05, 0.1, 2.86 / 3))
+    assert found.error == pytest.approx((0.05 + 0.9 + 3 * (2.86 / 3 - 2 / 3)) / 5)
+
+
+class Options(Questions):
+    by = "option"
+
+
+def test_the_likeliest_option_is_taken(fakes: SimpleNamespace, samples: list[Any]) -> None:
+    asked = [replace(sample, options=("magenta", "teal", "reddish")) for sample in samples if sample.id.endswith("-a")]
+    result = evaluate(Doubting(fakes), asked, name="colours", benchmark=Options())
+    assert {row.prediction for row in result.predictions} == {"teal"} and result.accuracy == 0.25
+    shares = [math.exp(-length / 2) for length in (7, 4, 7)]
+    assert result.predictions[0].probability == pytest.approx(shares[1] / sum(shares))
+    letters = Options()
+    letters.by = "letter"
+    assert {row.prediction for row in evaluate(Doubting(fakes), asked, name="c", benchmark=letters).predictions} == {
+        "A"
+    }
+    with pytest.raises(ValueError, match="Seeing has no score_answers to compare options; ask by text"):
+        evaluate(fakes.Seeing(), asked, name="colours", benchmark=Options())
+
+
+def test_a_stopped_evaluation_goes_on(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    samples = [
+        Sample.question(f"{n}-{kind}", bytes([n]), question, answer, group=str(n))
+        for n in range(12)
+        for kind, question, answer in (("a", "what color is it?", "red"), ("b", "is the shape red?", "yes"))
+    ]
+
+    class Reading(Doubting):
+        def answer_scored(self, conversations: Any, max_new_tokens: int) -> list[Answer]:
+            named = [([f"{'red' if i[0][0] % 2 else 'teal'}-0"] if i else [], m) for i, m in conversations]
+            return super().answer_scored(named, max_new_tokens)
+
+    def run(model: Doubting, folder: str, identity: str = "m") -> Any:
+        journal = Journal(tmp_path / folder / "answers.jsonl", {"model": identity})
+        return evaluate(model, samples, name="c", batch_size=4, journal=journal)
+
+    whole, stopped, rest = Reading(fakes), Reading(fakes, fail_after=3), Reading(fakes)
+    expected = run(whole, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, "cut")
+    with (tmp_path / "cut/answers.jsonl").open("a") as file:
+        file.write('{"key": "half a li')
+    found = run(rest, "cut")
+    assert found.predictions == expected.predictions
+    assert len(rest.seeing.batches) + 3 == len(whole.seeing.batches)
+    assert found.settings["num_asked"] + 12 == expected.settings["num_asked"]
+    again = Reading(fakes)
+    assert run(again, "cut").predictions == expected.predictions and again.seeing.batches == []
+    other = Reading(fakes)
+    run(other, "cut", "another model")
+    assert len(other.seeing.batches) == len(whole.seeing.batches)
+
+
+def test_scores_are_computed_anew_from_the_folder(fakes: SimpleNamespace, samples: list[Any], tmp_path: Path) -> None:
+    result = evaluate(Doubting(fakes), samples, name="colours", benchmark=make_benchmark({"format": "vqa"}))
+    result.write(tmp_path)
+    assert rescore(tmp_path) == result
+
+    class Strict(Questions):
+        def score(self, texts: Sequence[str], references: Sequence[Any]) -> Scored:
+            exact = [float(text in each.answers) for text, each in zip(texts, references, strict=True)]
+            return Scored(exact, {"dots": float(sum(text.endswith(".") for text in texts))})
+
+    strict = rescore(tmp_path, Strict())
+    assert strict.accuracy == 0.5 and strict.figures["pictures"] == {"dots": 40.0}
+    assert strict.by_type["yes/no"].figures == {"dots": 40.0}
+    report = json.loads((tmp_path / "report.json").read_text())
+    del report["measure"]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"another version of eyespot wrote \(.*\); evaluate again"):
+        rescore(tmp_path)
+
+
+def test_scores_beyond_one_keep_their_size(fakes: SimpleNamespace, samples: list[Any]) -> None:
+    class Tenfold(Questions):
+        measure, limit = "points", 10.0
+
+        def score(self, texts: Sequence[str], references: Sequence[Any]) -> Scored:
+            return Scored([10 * share for share in super().score(texts, references).samples])
+
+    result = evaluate(fakes.Blind(), samples, name="c", benchmark=Tenfold())
+    plain = evaluate(fakes.Blind(), samples, name="c")
+    assert result.accuracy == pytest.approx(10 * plain.accuracy)
+    assert result.interval == pytest.approx([10 * end for end in plain.interval])
+    assert result.differences["shuffled"] == pytest.approx([10 * value for value in plain.differences["shuffled"]])
+    assert (result.measure, result.limit, result.calibration) == ("points", 10.0, {})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"benchmark": "popes"}, "unknown benchmark 'popes'; did you mean 'pope'?"),
+        ({"benchmark": "pope"}, "benchmark 'pope' needs path; add path=..."),
+        ({"benchmark": "pope", "path": "x", "spilt": "test"}, "has no option 'spilt'; did you mean 'split'?"),
+    ],
+)
+def test_wrong_sources(source: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_benchmark(source)
