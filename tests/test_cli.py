@@ -149,6 +149,24 @@ def test_evaluate_uses_the_test_set_of_the_run_or_any_file(
     assert "on 2 questions" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["spatial", "counting", "grounding"])
+def test_evaluate_on_drawn_scenes(name: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("emoji")
+    words = ["evaluate", model, f"benchmark={name}", "num_scenes=12", "image_size=32", "objects=shapes", "--limit", "4"]
+    assert main([*words, "--relevance", "0", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "on 4 questions" in out and "unparsed: " in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["benchmark"] == name and report["settings"]["source"]["objects"] == "shapes"
+
+
+def test_compare_untrained_with_trained(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(run_folder / "before"), str(run_folder), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy of 4 questions about" in out and "8 questions only B was asked" in out
+    assert (tmp_path / "comparison.html").is_file() and (tmp_path / "comparison.json").is_file()
+
+
 def test_inspect_data_marks_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = tmp_path / "sheet.png"
     assert main(["inspect", "data", "recipe=smoke", "-n", "2", "--out", str(sheet)]) == 0
@@ -202,7 +220,7 @@ WRONG = {
     "negative temperature": (["ask", "MODEL", "q", "--temperature", "-1"], "temperature is -1.0"),
     "caption nothing": (["caption", "MODEL", "empty", "--out", "c.jsonl"], "no picture"),
     "evaluate unknown": (["evaluate", "MODEL", "format=vqqa"], "did you mean 'vqa'?"),
-    "evaluate no test": (["evaluate", "empty"], "add format=NAME"),
+    "evaluate no test": (["evaluate", "empty"], "add benchmark=NAME or format=NAME"),
 }  # fmt: skip
 
 

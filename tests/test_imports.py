@@ -35,7 +35,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init
 # what only training, data sets, serving or shipping need
 OPTIONAL = ["hydra", "omegaconf", "lightning", "pytorch_lightning", "tensorboard", "gradio", "fastapi", "datasets",
             "pyarrow", "pandas", "matplotlib", "gguf", "mlflow", "wandb", "torchvision", "easy_vqa",
-            "py3langid", "ray"]  # fmt: skip
+            "py3langid", "ray", "snowballstemmer"]  # fmt: skip
 
 
 def place(path: Path) -> str:

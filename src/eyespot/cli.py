@@ -17,6 +17,7 @@ EPILOG = """examples:
   eyespot ask runs/quickstart/model photo.png "what color is the shape?"
   eyespot caption runs/quickstart/model photos --out captions.jsonl
   eyespot evaluate runs/quickstart/model
+  eyespot compare runs/quickstart/before runs/quickstart
   eyespot inspect data recipe=quickstart
   eyespot data report recipe=quickstart data.limit=2000
   eyespot cache show
@@ -79,15 +80,22 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "data", nargs="*", metavar="key=value",
         help="benchmark=NAME or format=NAME, and its options; default: the test set of the run",
-    )
+    )  # fmt: skip
+    evaluate.add_argument("--out", metavar="FOLDER", help="report.json, predictions.jsonl, report.html; resumable")
     evaluate.add_argument(
-        "--out", metavar="FOLDER", help="report.json, predictions.jsonl, report.html; resumable"
-    )
+        "--relevance", type=int, default=4, metavar="N",
+        help="for N shown questions the report says which places of the picture the answer depended on; not with --ray",
+    )  # fmt: skip
     evaluate.add_argument("--limit", type=int, help="a random choice of so many questions")
     evaluate.add_argument("--batch-size", type=int, default=64)
     evaluate.add_argument("--max-new-tokens", type=int, help="of an answer; default: what the benchmark needs")
     _add_ray(evaluate)
     _add_device(evaluate)
+
+    compare = verbs.add_parser("compare", help="which of two evaluations of the same questions is better, and how sure")
+    compare.add_argument("a", metavar="A", help="folder of a run or of evaluate --out, such as runs/NAME/before")
+    compare.add_argument("b", metavar="B", help="another one, such as runs/NAME")
+    compare.add_argument("--out", metavar="FOLDER", help="comparison.json and comparison.html")
 
     inspect = verbs.add_parser("inspect", help="look at data, a batch or a model before training")
     inspect.add_argument("what", choices=["data", "batch", "model", "patches", "attention"])
@@ -174,6 +182,7 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
     from eyespot.evaluation.finish import BeforeAndAfter
     from eyespot.evaluation.pictures import Pictures
     from eyespot.evaluation.retrieval import measure_retrieval
+    from eyespot.relevance import trace_shown
     from eyespot.training.module import ProcessLost, TrainingStopped
     from eyespot.training.processes import is_first_process
     from eyespot.training.run import compose_settings, finished_run
@@ -210,7 +219,7 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
     if pictures is not None:
         _draw(pictures, run)
     if closing is not None:
-        evaluation = closing.finish(run, command)
+        evaluation = closing.finish(run, command, trace_shown)
         print_evaluation(evaluation, closing.before)
         print(f"report: {run.folder / 'report.json'} and {run.folder / 'report.html'}")
     return 0
@@ -335,12 +344,16 @@ def caption(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Score a model with its controls."""
+    from eyespot.evaluation.benchmarks.retrieval import RetrievalBenchmark
     from eyespot.evaluation.finish import identity_of, journal_in, load_test, source_of
     from eyespot.evaluation.report import write_page
     from eyespot.evaluation.runner import evaluate as run_evaluation
     from eyespot.inference import load
+    from eyespot.relevance import trace_shown
 
     benchmark, samples = load_test(source_of(options.model, options.data), options.limit)
+    if isinstance(benchmark, RetrievalBenchmark):
+        return _retrieve(options, benchmark, samples)
     folder = Path(options.out) if options.out else None
     journal = None
     if folder is not None:
@@ -350,8 +363,8 @@ def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
         "name": str(options.model), "benchmark": benchmark, "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens, "journal": journal,
     }  # fmt: skip
-    if options.ray is None:
-        assistant = load(*_model(options))
+    assistant = None if options.ray is not None else load(*_model(options))
+    if assistant is not None:
         with assistant.folded():
             evaluation = run_evaluation(assistant, samples, **how)
     else:
@@ -361,12 +374,45 @@ def evaluate(options: argparse.Namespace, words: Sequence[str]) -> int:
     print_evaluation(evaluation)
     if folder is not None and journal is not None:
         evaluation.write(folder)
+        relevance = trace_shown(assistant, evaluation, samples, options.relevance) if assistant is not None else None
         write_page(
             folder / "report.html", evaluation, title=f"eyespot: {options.model}", samples=samples,
-            command=shlex.join(["eyespot", *words]),
+            relevance=relevance, command=shlex.join(["eyespot", *words]),
         )  # fmt: skip
         journal.close()
         print(f"report: {folder / 'report.json'} and {folder / 'report.html'}")
+    return 0
+
+
+def _retrieve(options: argparse.Namespace, benchmark: Any, samples: Sequence[Any]) -> int:
+    """Score how well a model finds texts for pictures and pictures for texts."""
+    from rich.console import Console
+
+    from eyespot.evaluation.benchmarks.retrieval import show
+    from eyespot.inference import load
+
+    for option in ("ray", "max_new_tokens"):
+        if (value := getattr(options, option)) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} is {value}, but benchmark=retrieval asks nothing; drop it")
+    found = benchmark.find(load(*_model(options)), samples, options.batch_size)
+    show(found, Console())
+    if options.out:
+        print(f"report: {benchmark.write(Path(options.out), found, options.model)}")
+    return 0
+
+
+def compare(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Say which of two evaluations is better."""
+    from rich.console import Console
+
+    from eyespot.evaluation.compare import compare as compare_folders
+    from eyespot.evaluation.compare_page import show, write_page
+
+    comparison = compare_folders(options.a, options.b)
+    show(comparison, Console())
+    if options.out:
+        page = write_page(options.out, comparison, shlex.join(["eyespot", *words]))
+        print(f"report: {comparison.write(options.out)} and {page}")
     return 0
 
 
@@ -407,7 +453,7 @@ def data(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Write a page about the training data of a recipe."""
     from eyespot.compose import build_from_settings
     from eyespot.data import report, report_page
-    from eyespot.evaluation.report import STYLE
+    from eyespot.evaluation.page import STYLE
     from eyespot.training.run import compose_settings, load_samples, make_augmenter, with_tokenizer
 
     settings = compose_settings(options.target)
@@ -513,7 +559,7 @@ def _generation(options: argparse.Namespace) -> dict[str, Any]:
 
 VERBS = {
     "train": train, "sweep": sweep, "prefer": prefer, "ask": ask, "caption": caption, "evaluate": evaluate,
-    "inspect": inspect, "data": data, "cache": cache,
+    "compare": compare, "inspect": inspect, "data": data, "cache": cache,
 }  # fmt: skip
 
 

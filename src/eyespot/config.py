@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from eyespot.registry import AUGMENTATIONS, CONNECTORS, FILTERS, FORMATS, LANGUAGES, VISION, Registry, closest
+from eyespot.registry import AUGMENTATIONS, BENCHMARKS, CONNECTORS, FILTERS, FORMATS, LANGUAGES, VISION, Registry, closest
 
 Mode = Literal["frozen", "full", "lora"]
 MAX_FREQUENCIES = 16  # of positions; the last wave is finer than any pixel
@@ -202,7 +202,8 @@ class EvaluationSettings:
 
     max_new_tokens: the benchmark's own unless given; controls: blind, shuffled, majority, always; before: so many
     questions are also answered by the untrained model, for the report; pictures: so many are drawn with their answers
-    before and after training, beside loss and patch features (0 draws nothing).
+    before and after training, beside loss and patch features (0 draws nothing); relevance: for so many shown questions
+    the report says which places of the picture the answer depended on.
     """
 
     run: bool = True
@@ -212,6 +213,7 @@ class EvaluationSettings:
     controls: list[str] = field(default_factory=lambda: ["blind", "shuffled", "majority", "always"])
     before: int = 12
     pictures: int = 8
+    relevance: int = 4
 
 
 @dataclass
@@ -494,7 +496,11 @@ def sources_of(train: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def check_source(source: Mapping[str, Any], where: str, given: tuple[str, ...] = ()) -> None:
-    """The format exists and takes its arguments; keys in ``given`` are not the format's."""
+    """The format, or for ``data.test`` the benchmark, exists and takes its arguments; keys in ``given`` are not its."""
+    if where == "data.test" and "benchmark" in source:
+        arguments = {key: value for key, value in source.items() if key != "benchmark"}
+        check_arguments(BENCHMARKS, source["benchmark"], arguments, where, inner="")
+        return
     if "format" not in source:
         raise ConfigError(f"{where}.format is missing; choices: {', '.join(FORMATS.names())}")
     arguments = {key: value for key, value in source.items() if key not in ("format", *given)}
@@ -745,6 +751,9 @@ def check_run(settings: TrainSettings) -> None:
     for key, least in (("sight_every", 0), ("sight_limit", 8)):
         if getattr(trainer, key) < least:
             raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; it must be at least {least}")
+    for key in ("before", "pictures", "relevance"):
+        if getattr(settings.evaluation, key) < 0:
+            raise ConfigError(f"evaluation.{key} is {getattr(settings.evaluation, key)}; it must be at least 0")
     if trainer.epochs <= 0:
         raise ConfigError(f"trainer.epochs is {trainer.epochs}; it must be above 0")
     modes = {settings.model.vision.train, settings.model.connector.train, settings.model.language.train}

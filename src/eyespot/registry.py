@@ -110,6 +110,7 @@ BENCHMARKS = Registry(
         "spatial": "eyespot.evaluation.benchmarks.spatial:Spatial",
         "counting": "eyespot.evaluation.benchmarks.counting:Counting",
         "grounding": "eyespot.evaluation.benchmarks.grounding:Grounding",
+        "retrieval": "eyespot.evaluation.benchmarks.retrieval:RetrievalBenchmark",
     },
 )
 FILTERS = Registry(

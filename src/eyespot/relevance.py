@@ -35,13 +35,15 @@ from transformers import PreTrainedModel
 from eyespot.data import wording
 from eyespot.data.boxes import Box
 from eyespot.data.formats.scenes import draw_scene
-from eyespot.data.sample import Sample
+from eyespot.data.sample import Message, Sample, text_part
 from eyespot.data.scenes.cast import Cast, HeldOut
 from eyespot.data.scenes.drawing import ScenePicture
 from eyespot.data.scenes.things import things
+from eyespot.evaluation.cards import Dependence, choose_shown
 from eyespot.evaluation.metrics import cluster_bootstrap
-from eyespot.evaluation.pictures import Array, patch_lengths
-from eyespot.evaluation.report import STYLE
+from eyespot.evaluation.page import section, whole_page
+from eyespot.evaluation.pictures import Array, as_read, patch_lengths
+from eyespot.evaluation.results import Evaluation
 from eyespot.inference import Assistant, user_turn
 from eyespot.inspection import stages
 from eyespot.models.attention import kernels
@@ -307,6 +309,32 @@ def answer_map(assistant: Assistant, sample: Sample, measure: Measure = "relevan
     return found[0]
 
 
+def trace_shown(
+    assistant: Assistant, evaluation: Evaluation, samples: Sequence[Sample], number: int
+) -> dict[str, Dependence | str]:
+    """Where the model's answers come from, by gradient times input, for so many of the questions that a report shows
+    and that are about one picture: by sample id the map, or the reason why there is none.
+
+    Raises:
+        ValueError: number is below 0.
+    """
+    if number < 0:
+        raise ValueError(f"{number} questions are to be traced; give 0, or as many as the report is to show")
+    by_id = {sample.id: sample for sample in samples}
+    shown = [one for one in choose_shown(evaluation) if len(by_id[one.id].images) == 1]
+    return {one.id: _trace(assistant, by_id[one.id], one.prediction) for one in shown[:number]}
+
+
+def _trace(assistant: Assistant, sample: Sample, answer: str) -> Dependence | str:
+    said: Message = {"role": "assistant", "content": [text_part(answer)]}
+    try:
+        found = answer_map(assistant, dataclasses.replace(sample, messages=(*sample.messages[:-1], said)))
+    except ValueError as error:
+        return str(error)
+    how = "gradient times input, how much the log-probability of the answer rests on the features of each patch"
+    return Dependence(as_read(assistant.processor, sample.images[0]), found.cpu().numpy(), how)
+
+
 # --- all of it for one question ----------------------------------------------------------------------------------
 
 
@@ -414,19 +442,18 @@ def show_attention(assistant: Assistant, image: Any, question: str, folder: Path
 
 
 def _page(explanation: Explanation, picture: bytes, shapes: str, command: str | None) -> str:
-    words = f"{escape(explanation.question)} {escape(explanation.answer)}"
-    again = f"<section><h2>Make it again</h2><pre><code>{escape(command)}</code></pre></section>" if command else ""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<title>{words}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<header><h1>{escape(explanation.question)}</h1><p class="soft">{escape(explanation.answer)}</p></header>\n'
-        '<section><h2>What each word depended on</h2><figure><img style="width:100%" '
-        f'alt="maps of the picture for each word" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-        "</figure></section>\n"
-        f"<section><h2>Shapes through the model</h2><pre><code>{escape(shapes)}</code></pre></section>\n{again}\n"
-        "</main>\n</body>\n</html>\n"
+    maps = (
+        '<figure><img style="width:100%" alt="maps of the picture for each word" '
+        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"></figure>'
     )
+    parts = [
+        f'<header><h1>{escape(explanation.question)}</h1><p class="soft">{escape(explanation.answer)}</p></header>',
+        section("What each word depended on", maps),
+        section("Shapes through the model", f"<pre><code>{escape(shapes)}</code></pre>"),
+    ]
+    if command:
+        parts.append(section("Make it again", f"<pre><code>{escape(command)}</code></pre>"))
+    return whole_page(f"{explanation.question} {explanation.answer}", "\n".join(parts))
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------

@@ -215,6 +215,13 @@ class TestTruth:
         counts = {sum(o.char == counted for o in scene.objects) for scene, counted in found if counted}
         assert counts == {1, 2, 3, 4, 5}
 
+    def test_the_share_of_scenes_that_can_be_counted_in(self) -> None:
+        for share in (0.0, 1.0):
+            asked = [s for s in read_scenes(40, questions=["count", "list"], counting=share) if isinstance(s, Sample)]
+            assert Counter(s.kind for s in asked) == Counter({"count": 40 * share, "list": 40})
+        with pytest.raises(ValueError, match="counting is 2; it is a share of the scenes, from 0 to 1"):
+            list(read_scenes(1, counting=2))
+
     def test_one_hides_the_other_only_where_they_overlap(self) -> None:
         for scene, _ in some_scenes(60):
             for back, front in scene.behind:

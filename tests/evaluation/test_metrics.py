@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from eyespot.evaluation.metrics import (
     is_right,
     normalize_answer,
     paired_bootstrap,
+    paired_test,
 )
 
 
@@ -125,3 +129,71 @@ def test_what_cannot_be_resampled_is_refused(
 )
 def test_boxes_are_right_by_what_they_cover(prediction: str, answers: list[str], right: bool) -> None:
     assert is_right(prediction, answers) is right
+
+
+def test_p_value_by_hand() -> None:
+    """Pictures a to d differ by 2, -1, 1 and 0: of 8 signs for the first three 6 sum to 2 or 4, the other 2 to 0."""
+    assert paired_test([1, 1, 0, 1, 1], [0, 0, 1, 0, 1], ["a", "a", "b", "c", "d"]) == 6 / 8
+    assert paired_test([1.0] * 3, [0.0] * 3, ["a", "b", "c"]) == 2 / 8
+    assert paired_test([1.0] * 3, [0.0] * 3, ["a", "a", "a"]) == 1.0  # one picture tells nothing about others
+
+
+def naive_p(a: list[float], b: list[float], pictures: list[int]) -> float:
+    """Every way to exchange a and b on whole pictures."""
+    measured, reached = abs(np.mean(a) - np.mean(b)), []
+    for exchanged in product([False, True], repeat=max(pictures) + 1):
+        differences = [y - x if exchanged[k] else x - y for x, y, k in zip(a, b, pictures, strict=True)]
+        reached.append(abs(np.mean(differences)) >= measured - 1e-12)
+    return float(np.mean(reached))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_p_value_equals_a_plain_loop_over_all_ways(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    pictures = [*range(8), *random.integers(8, size=12).tolist()]
+    a, b = (random.integers(0, 4, size=20) / 3 for _ in range(2))
+    expected = naive_p(a.tolist(), b.tolist(), pictures)
+    assert paired_test(a, b, pictures) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_drawn_p_value_is_near_the_exact_one(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    a, b, pictures = random.random(12), random.random(12), list(range(12))
+    exact, drawn = (paired_test(a, b, pictures, num_draws, seed) for num_draws in (4096, 4095))
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 4096))
+    assert drawn != exact
+
+
+def test_drawn_p_value_agrees_with_the_normal_limit_and_is_never_0() -> None:
+    random = np.random.default_rng(2)
+    a, b = (random.random(2000) < 0.62).astype(float), (random.random(2000) < 0.6).astype(float)
+    z = abs((a - b).sum()) / math.sqrt(((a - b) ** 2).sum())
+    assert paired_test(a, b, list(range(2000)), 5000) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.03)
+    assert paired_test(np.ones(40), np.zeros(40), list(range(40)), 99) == 1 / 100
+
+
+def test_p_value_is_symmetric_and_1_for_equal_scores() -> None:
+    random = np.random.default_rng(4)
+    a, b, pictures = random.random(60), random.random(60), np.repeat(np.arange(30), 2).tolist()
+    assert paired_test(a, b, pictures, 500) == paired_test(b, a, pictures, 500) < 1
+    assert paired_test(a, a, pictures) == 1.0
+    assert paired_test(a, a[::-1], [0] * 30 + list(range(1, 31)), 500) == 1.0  # equal means, other questions
+    assert paired_test([0.1, 0.2, 0.0], [0.0, 0.0, 0.1], ["a", "b", "c"]) == 6 / 8  # also where binary sums miss 0.2
+
+
+def test_flips_in_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(5)
+    a, b, pictures = random.random(9), random.random(9), list(range(9))
+    whole = [paired_test(a, b, pictures, num_draws) for num_draws in (101, 512)]
+    monkeypatch.setattr(metrics, "MAX_DRAWN_AT_ONCE", 30)
+    assert [paired_test(a, b, pictures, num_draws) for num_draws in (101, 512)] == whole
+
+
+@pytest.mark.parametrize(
+    ("scores", "num_draws", "message"),
+    [([], 100, "0 questions"), ([2.0, 0.0], 100, "limits are 0 and 1"), ([1.0, 0.0], 0, "num_draws is 0")],
+)
+def test_what_cannot_be_tested_is_refused(scores: list[float], num_draws: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paired_test(scores, scores, list(range(len(scores))), num_draws)

@@ -134,7 +134,9 @@ def test_heat_map_is_the_length_of_each_patch(
 ) -> None:
     assistant = eyespot.load(stopped_and_resumed[0] / "model", device="cpu")
     picture, lengths = patch_lengths(assistant, str(flickr / "3.jpg"))
-    assert picture.shape == (32, 32, 3) and picture.min() == 0 and picture.max() == 1 and lengths.shape == (4, 4)
+    assert picture.shape == (32, 32, 3) and picture.min() >= 0 and picture.max() <= 1 and lengths.shape == (4, 4)
+    np.testing.assert_allclose(picture[0, -1], 1, atol=0.02)
+    np.testing.assert_allclose(picture[16, 11], (1, 165 / 255, 0), atol=0.1)  # inside the orange spot
     features = assistant.model.encode_images(assistant.processor.pixel_values([str(flickr / "3.jpg")]))
     assert features.shape[1] == 17  # CLS is kept and is no patch
     expected = features[0, 1:].square().sum(-1).sqrt().view(4, 4).detach().numpy()

@@ -151,7 +151,7 @@ def draw_boxes(image: PIL.Image.Image, boxes: Sequence[Box], labels: Sequence[st
     font = PIL.ImageFont.load_default(max(10.0, min(picture.size) / 25))
     for number, box in enumerate(boxes):
         colour = _COLOURS[number % len(_COLOURS)]
-        corners = [edge * size for edge, size in zip(box, picture.size * 2, strict=True)]
+        corners = [min(edge * size, size - 1) for edge, size in zip(box, picture.size * 2, strict=True)]
         draw.rectangle(corners, outline=colour, width=width)
         if labels is not None:
             _write(draw, labels[number], (corners[0], corners[1]), colour, font)

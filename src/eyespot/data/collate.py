@@ -118,6 +118,6 @@ class Collator:
         return batch
 
 
-def image_key(sample: Sample) -> Hashable:
+def image_key(sample: Sample) -> tuple[Hashable, ...]:
     """Equal for samples about the same pictures: opened pictures compare by identity, all others by value."""
     return tuple(id(image) if isinstance(image, PIL.Image.Image) else image for image in sample.images)

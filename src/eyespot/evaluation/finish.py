@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from eyespot.config import ConfigError, TrainSettings
 from eyespot.data.sample import Sample
 from eyespot.evaluation.asking import Journal
 from eyespot.evaluation.benchmarks.base import Benchmark, load_questions, make_benchmark
-from eyespot.evaluation.report import choose_shown, write_page
+from eyespot.evaluation.cards import Dependence, choose_shown
+from eyespot.evaluation.report import write_page
 from eyespot.evaluation.results import Evaluation
 from eyespot.evaluation.runner import evaluate
 from eyespot.inference import Assistant
@@ -28,6 +29,8 @@ from eyespot.training.run import RECORD_FILE, Run
 PAGE_FILE = "report.html"
 JOURNAL_FILE = "answers.jsonl"
 BEFORE = "before"
+Trace = Callable[[Assistant, Evaluation, Sequence[Sample], int], Mapping[str, Dependence | str]]
+"""Where the answers to so many shown questions come from; see eyespot.relevance.trace_shown."""
 
 
 def load_test(source: Mapping[str, Any], limit: int | None = None, seed: int = 0) -> tuple[Benchmark, list[Sample]]:
@@ -58,6 +61,11 @@ class BeforeAndAfter:
         if settings.data.test is None:
             raise ConfigError("data.test is missing; name a data set to evaluate on, or set evaluation.run=false")
         self.settings = settings
+        if settings.data.test.get("benchmark") == "retrieval":
+            raise ConfigError(
+                "data.test is benchmark retrieval, which asks no questions; set evaluation.run=false and use eyespot "
+                "evaluate MODEL benchmark=retrieval"
+            )
         self.benchmark, self.samples = load_test(settings.data.test, settings.evaluation.limit)
         self.before: Evaluation | None = None
 
@@ -73,7 +81,7 @@ class BeforeAndAfter:
         """The page stands already; it is the last thing that a run writes."""
         return (self._folder() / PAGE_FILE).is_file()
 
-    def finish(self, run: Run, command: str) -> Evaluation:
+    def finish(self, run: Run, command: str, trace: Trace) -> Evaluation:
         """Evaluate the trained model; write report.json, predictions.jsonl and report.html into the run's folder."""
         assert run.assistant is not None
         run.assistant.forget()
@@ -88,6 +96,7 @@ class BeforeAndAfter:
         curves: dict[str, Sequence[tuple[float, float]]] = {
             "training loss": smoothed(run.curve),
             "validation loss": run.validation,
+            "loss that the right picture saves": [(look["step"], look["other"] - look["own"]) for look in run.looks],
         }
         write_page(
             run.folder / PAGE_FILE,
@@ -97,6 +106,8 @@ class BeforeAndAfter:
             model_card=facts(run),
             curves={name: points for name, points in curves.items() if points},
             samples=self.samples,
+            relevance=trace(run.assistant, evaluation, self.samples, self.settings.evaluation.relevance),
+            warnings=[f"Step {warning['step']:,}: {warning['text']}" for warning in run.warnings],
             command=command,
         )
         journal.close()

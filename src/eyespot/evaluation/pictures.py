@@ -23,6 +23,7 @@ from eyespot.evaluation.benchmarks.base import load_questions, make_benchmark
 from eyespot.evaluation.finish import smoothed
 from eyespot.inference import MAX_NEW_TOKENS, Assistant
 from eyespot.processing.images import open_image
+from eyespot.processing.processor import Processor
 from eyespot.training.run import Run
 
 BEFORE_FILE, GRID_FILE, LOSS_FILE, PATCHES_FILE = "before.json", "before_after.png", "loss.png", "patches.png"
@@ -209,13 +210,20 @@ def draw_patches(assistant: Assistant, images: Sequence[ImageSource], file: Path
 @torch.inference_mode()
 def patch_lengths(assistant: Assistant, image: ImageSource) -> tuple[Array, Array]:
     """A picture as the encoder reads it, float [H, W, 3] from 0 to 1, and the L2 norms of its patch features [s, s]."""
-    pixels = assistant.processor.pixel_values([image])[0].permute(1, 2, 0)  # [H, W, 3]
-    pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-6)
     config = assistant.model.config
     patches = assistant.features([image])[0, config.num_prefix_tokens if config.keep_cls else 0 :]  # [P, E]
     lengths = patches.float().norm(dim=-1)
     side = round(len(lengths) ** 0.5)
-    return pixels.numpy(), lengths.view(side, side).cpu().numpy()
+    return as_read(assistant.processor, image), lengths.view(side, side).cpu().numpy()
+
+
+def as_read(processor: Processor, image: ImageSource) -> Array:
+    """A picture cut and resized as the encoder reads it, in its own colours: float32 [H, W, 3] from 0 to 1."""
+    pixels, reader = processor.pixel_values([image])[0], processor.image_processor  # [3, H, W]
+    if getattr(reader, "do_normalize", True):
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (reader.image_mean, reader.image_std))
+        pixels = pixels * std + mean
+    return pixels.clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def _save(figure: Any, file: Path) -> None:

@@ -5,6 +5,7 @@ Letters in shapes: N pictures, S pixels of a side.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -19,11 +20,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
@@ -98,10 +100,31 @@ def open_image(source: ImageInput, max_pixels: int = 64_000_000) -> PIL.Image.Im
     if isinstance(source, LazyPicture):
         source = source.draw()
     name = _name(source)
-    try:
+    with _decoding(name):
         image = source if isinstance(source, PIL.Image.Image) else _identify(source, name)
         _check_size(image, max_pixels, name)
         return _upright_rgb(image, name)
+
+
+def image_size(source: str | os.PathLike[str] | bytes | PIL.Image.Image) -> tuple[int, int]:
+    """Width and height of what `open_image` gives; pixels are decoded only where the orientation stands behind them.
+
+    Raises:
+        ImageError: no picture, as far as its header tells.
+    """
+    name = _name(source)
+    with _decoding(name):
+        image = source if isinstance(source, PIL.Image.Image) else _identify(source, name)
+        width, height = image.size
+        # From 5 on a quarter turn: https://pillow.readthedocs.io/en/stable/reference/ImageOps.html (exif_transpose)
+        return (height, width) if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5 else (width, height)
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Whatever goes wrong with a picture is an ImageError that names it."""
+    try:
+        yield
     except ImageError:
         raise
     except PIL.UnidentifiedImageError:

@@ -8,7 +8,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from eyespot.training.checkpoint import CheckpointWriter, random_state, set_rand
 from eyespot.training.processes import from_all
 
 STOP_SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGUSR1") if n in signal.Signals.__members__]
+SAMPLE_TOKENS = 24  # of a sample answer
 SAME_SIGNAL_S = 2.0  # torchrun passes on a Ctrl+C that the terminal has sent to every process already
 
 
@@ -84,9 +86,19 @@ class Reporter(lightning.Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._paused = time.perf_counter()
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def _go_on(self) -> None:
         then, samples, tokens = self._since
         self._since = (then + time.perf_counter() - self._paused, samples, tokens)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training, and its time does not count."""
+        self._paused = time.perf_counter()
+        yield
+        self._go_on()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._go_on()
         if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
             return
         metrics = trainer.callback_metrics.items()
@@ -116,14 +128,32 @@ class Reporter(lightning.Callback):
         self.seconds, self.samples_seen = state_dict["seconds"], state_dict["seen"]
 
 
+@contextmanager
+def looking_at(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; behind it nothing has changed what training will do."""
+    state, was_training = random_state(), model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        set_random_state(state)
+
+
 class SampleAnswers(lightning.Callback):
-    """A few fixed questions asked every ``every`` steps, printed and appended to samples.jsonl."""
+    """A few fixed questions asked every ``every`` steps, printed, appended to samples.jsonl, and told to ``hear``."""
 
     def __init__(
-        self, samples: Sequence[Sample], assistant: Assistant, every: int, file: Path, console: Console
+        self,
+        samples: Sequence[Sample],
+        assistant: Assistant,
+        every: int,
+        file: Path,
+        console: Console,
+        hear: Callable[[int, Sequence[Sample], Sequence[str]], None],
     ) -> None:
         self.samples, self.assistant, self.every = samples, assistant, every
-        self.file, self.console = file, console
+        self.file, self.console, self.hear = file, console, hear
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self.samples or trainer.global_step % self.every:
@@ -134,18 +164,15 @@ class SampleAnswers(lightning.Callback):
 
     def _ask(self, step: int) -> None:
         asked = [(sample.images, question_of(sample)) for sample in self.samples]
-        state = random_state()
-        was_training = self.assistant.model.training
-        self.assistant.model.eval()
         self.assistant.forget()
-        answers = self.assistant.answer_batch(asked, max_new_tokens=24)
-        self.assistant.model.train(was_training)
-        set_random_state(state)  # looking at the model must not change what it learns
+        with looking_at(self.assistant.model):
+            answers = self.assistant.answer_batch(asked, max_new_tokens=SAMPLE_TOKENS)
         with self.file.open("a", encoding="utf-8") as file:
             for sample, answer in zip(self.samples, answers, strict=True):
                 row = {"step": step, "id": sample.id, "answer": answer, "truth": list(sample.answers)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 self.console.print(f"  {sample.id}: {answer!r} (truth: {', '.join(sample.answers)})", markup=False)
+        self.hear(step, self.samples, answers)
 
 
 def question_of(sample: Sample) -> list[Any]:

@@ -53,9 +53,11 @@ if TYPE_CHECKING:
     from eyespot.data.collate import Collator
     from eyespot.data.datamodule import VLMDataModule
     from eyespot.data.features import FeatureStore
+    from eyespot.training.callbacks import Reporter
     from eyespot.training.checkpoint import CheckpointWriter
     from eyespot.training.module import VLMModule
     from eyespot.training.stages import Measure, Stage
+    from eyespot.training.watch import Lookout
 
 BeforeTraining = Callable[[Assistant], None]
 RECORD_FILE = "training.json"
@@ -69,7 +71,8 @@ WAITING = ("num_workers", "timeout_s")
 class Run:
     """What a run left behind; samples and seconds are those of training alone.
 
-    finished is False when the run was stopped; the same command goes on from its checkpoint.
+    finished is False when the run was stopped; the same command goes on from its checkpoint. looks and warnings are
+    those of eyespot.training.watch.Lookout.
     """
 
     folder: Path
@@ -82,6 +85,8 @@ class Run:
     validation: list[tuple[int, float]]
     stopped_by: str | None = None
     assistant: Assistant | None = field(default=None, repr=False)
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def model_folder(self) -> Path:
@@ -286,7 +291,7 @@ def finished_run(settings: TrainSettings) -> Run | None:
     curve, validation = ([(int(step), float(value)) for step, value in record[key]] for key in ("curve", "validation"))
     return Run(
         folder, settings, True, record["steps"], record["samples"], record["seconds"], curve, validation, None,
-        load(folder / "model", settings.trainer.device),
+        load(folder / "model", settings.trainer.device), record.get("looks", []), record.get("warnings", []),
     )  # fmt: skip
 
 
@@ -452,16 +457,17 @@ def _fit(
     )
     speaks = stage is None or not stage.losses
     shown = (validation or train_samples)[: trainer_settings.num_samples] if speaks else []
-    answers = SampleAnswers(shown, assistant, trainer_settings.samples_every, folder / "samples.jsonl", console)
+    lookout = _lookout(trainer_settings, num_steps, reporter, data.collator, validation if speaks else None)
+    said = folder / "samples.jsonl"
+    answers = SampleAnswers(shown, assistant, trainer_settings.samples_every, said, console, lookout.hear)
     start = SameStart(
         {
             "settings": to_dict(settings), "checkpoint": resume and resume.name, "number of steps": num_steps,
             "number of samples": len(train_samples),
         }
     )  # fmt: skip
-    trainer = make_trainer(
-        settings, device, folder, num_steps, [start, reporter, answers, checkpoints], validates=bool(validation)
-    )
+    callbacks = [start, reporter, answers, lookout, checkpoints]
+    trainer = make_trainer(settings, device, folder, num_steps, callbacks, validates=bool(validation))
     module = _module(model, trainer_settings, num_steps, stage)
     if resume is not None:
         module.last_good = str(resume)
@@ -478,7 +484,7 @@ def _fit(
         record = {
             "settings": to_dict(settings), "steps": trainer.global_step, "samples": reporter.samples_seen,
             "seconds": reporter.seconds, "curve": reporter.curve, "validation": reporter.validation,
-            "measured": reporter.measured,
+            "measured": reporter.measured, "looks": lookout.looks, "warnings": lookout.warnings,
         }  # fmt: skip
         if stage is None:
             save_whole(model, processor, folder / "model", record)
@@ -486,7 +492,7 @@ def _fit(
             stage.finish(folder, record, assistant, validation[: trainer_settings.validation_limit])
     return Run(
         folder, settings, finished, trainer.global_step, reporter.samples_seen, reporter.seconds, reporter.curve,
-        reporter.validation, checkpoints.stopped_by, assistant,
+        reporter.validation, checkpoints.stopped_by, assistant, lookout.looks, lookout.warnings,
     )  # fmt: skip
 
 
@@ -541,6 +547,29 @@ def _data(
         weights=mixture.weights_of(data.train),
         augmenter=make_augmenter(data),
     )
+
+
+def _lookout(
+    settings: TrainerSettings,
+    num_steps: int,
+    reporter: Reporter,
+    collator: Collator,
+    validation: Sequence[Sample] | None,
+) -> Lookout:
+    """What warns. It looks at held-out pictures unless the run has none to talk about (None), the settings say no, or
+    there are too few (which is said)."""
+    from eyespot.training.watch import MIN_PICTURES, Lookout, Sight
+
+    sight = None
+    if settings.sight_every and validation is not None:
+        sight = Sight(validation[: settings.validation_limit], collator, settings.sight_limit)
+        if (found := len(sight.samples)) < MIN_PICTURES:
+            reporter.console.print(
+                f"nobody watches whether the model uses pictures: the validation has {found} that can be exchanged, "
+                f"{MIN_PICTURES} are needed"
+            )
+            sight = None
+    return Lookout(settings, num_steps, reporter, sight, collator.processor.tokenizer)
 
 
 def _module(model: Any, settings: TrainerSettings, num_steps: int, stage: Stage | None) -> VLMModule:

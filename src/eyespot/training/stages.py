@@ -283,13 +283,18 @@ def finish(settings: TrainSettings, folder: Path) -> Run:
     steps, samples = (sum(record[key] for record in records) for key in ("steps", "samples"))
     seconds = sum(record["seconds"] for record in records)
     curve, validation = ([(int(step), float(v)) for step, v in records[-1][key]] for key in ("curve", "validation"))
-    run = Run(folder, settings, True, steps, samples, seconds, curve, validation)
+    run = Run(folder, settings, True, steps, samples, seconds, curve, validation, looks=records[-1].get("looks", []))
+    run.warnings = [
+        {**warning, "text": f"stage {record['stage']}: {warning['text']}"}
+        for record in records
+        for warning in record.get("warnings", [])
+    ]
     if not is_first_process():
         return run
     model, processor = load_parts(result_of(settings, stages[-1]))
     record = {
         "settings": to_dict(settings), "steps": steps, "samples": samples, "seconds": seconds, "curve": curve,
-        "validation": validation, "stages": records,
+        "validation": validation, "looks": run.looks, "warnings": run.warnings, "stages": records,
     }  # fmt: skip
     save_whole(model, processor, folder / "model", record)
     run.assistant = Assistant(model, processor, settings.trainer.device)

@@ -26,8 +26,9 @@ def read_captions(
     """Rows with a picture (a file name, or the picture itself) and one or more captions; a sample keeps them all.
 
     Args:
-        path: a file .csv, .tsv, .jsonl, .json (one object a line) or .parquet; a folder written by `save_to_disk` of
-            `datasets`; or, where nothing of that name is on the disk, a data set on the Hub.
+        path: a file .csv, .tsv, .jsonl (one object a line), .json (the same, or a list of objects) or .parquet; a
+            folder written by `save_to_disk` of `datasets`; or, where nothing of that name is on the disk, a data set
+            on the Hub.
         image_folder: where relative names start; unless given, the folder of the file (or `path`, if it is one).
         image_column: column of the picture.
         caption_columns: columns of captions, texts or lists of texts; unless given "captions", or "caption", or

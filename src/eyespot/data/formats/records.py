@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -45,6 +46,34 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
                     yield number, _json_object(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def json_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
+    """As `json_lines`, also of a file that holds one JSON list of objects.
+
+    Raises:
+        ValueError: the file is not UTF-8 text, or begins like a list and is none.
+    """
+    with path.open("rb") as file:
+        is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    if not is_list:
+        yield from json_lines(path)
+        return
+    for number, record in enumerate(_json_list(path), 1):
+        is_object = isinstance(record, dict)
+        yield number, record if is_object else BadRecord("record is not a JSON object", type(record).__name__)
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        records: list[Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{str(path)!r} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; correct it there"
+        ) from None
+    return records
 
 
 def _json_object(line: str) -> dict[str, Any] | BadRecord:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 
-from eyespot.data.formats.records import BadRecord, existing_file, image_file, json_lines
+from eyespot.data.formats.records import BadRecord, existing_file, image_file, json_lines, json_records
 from eyespot.data.sample import ImageSource
 from eyespot.registry import closest
 
@@ -36,8 +36,9 @@ class Table(NamedTuple):
 def open_table(
     path: str | os.PathLike[str], needed: list[str], split: str | None = None, streaming: bool = False
 ) -> Table:
-    """Rows of a file .csv, .tsv, .jsonl, .json (one object a line) or .parquet; of a folder written by `save_to_disk`
-    of `datasets`; or, where nothing of that name is on the disk, of a data set on the Hub.
+    """Rows of a file .csv, .tsv, .jsonl (one object a line), .json (the same, or a list of objects) or .parquet; of a
+    folder written by `save_to_disk` of `datasets`; or, where nothing of that name is on the disk, of a data set on the
+    Hub.
 
     Args:
         needed: columns that must be there, that of the picture first.
@@ -62,7 +63,9 @@ def open_table(
 def _file_rows(file: Path, needed: list[str]) -> Rows:
     if file.suffix in (".csv", ".tsv"):
         return _csv_rows(file, needed)
-    if file.suffix in (".jsonl", ".json"):
+    if file.suffix == ".json":
+        return json_records(file)
+    if file.suffix == ".jsonl":
         return json_lines(file)
     if file.suffix == ".parquet":
         return _parquet_rows(file, needed)

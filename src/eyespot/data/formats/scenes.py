@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from eyespot.data import wording
 from eyespot.data.sample import Rejected, Sample
-from eyespot.data.scenes.cast import Cast, HeldOut, Split
+from eyespot.data.scenes.cast import COUNTING, Cast, HeldOut, Split
 from eyespot.data.scenes.questions import KINDS, Asker, Question
 from eyespot.data.scenes.scene import Scene, make_scene
 from eyespot.data.scenes.things import things
@@ -27,6 +27,7 @@ def read_scenes(
     language: str = "en",
     image_size: int = 128,
     questions: list[str] | None = None,
+    counting: float = COUNTING,
 ) -> Iterator[Sample | Rejected]:
     """Pictures of 1 to 8 things with questions whose answers cannot be told from their words.
 
@@ -43,6 +44,7 @@ def read_scenes(
         image_size: pixels of a side. What is in a scene does not depend on it.
         questions: kinds, asked of each scene where it allows them; one that is named twice is asked about two things.
             All eleven kinds once unless given: see `eyespot.data.scenes.questions`.
+        counting: share of scenes with 1 to 5 of one thing, which can be counted; the others have one of each.
 
     Raises:
         ImportError: a package is missing.
@@ -51,7 +53,7 @@ def read_scenes(
     kinds = list(KINDS) if questions is None else questions
     _check(num_scenes, start, image_size, kinds)
     named = things(objects, language)
-    cast = Cast(tuple(named), split, held_out)
+    cast = Cast(tuple(named), split, held_out, counting)
     noun = wording.english if language == "en" else wording.quoted
     nouns = {char: noun(name) for char, name in named.items()}
     numbers = itertools.count(start) if num_scenes is None else range(start, start + num_scenes)

@@ -22,7 +22,7 @@ MAX_OBJECTS = 8
 MAX_COUNT = 5
 MIN_THINGS = 16
 MIN_THINGS_APART = 64  # leave room for eight things that all may meet
-COUNTING = 0.5  # share of scenes with 1 to 5 of one thing; the others have one of each
+COUNTING = 0.5
 RELATED = 0.5  # share of things that are drawn because a neighbour of theirs is there
 POPULAR_WEIGHT = 3
 
@@ -38,14 +38,16 @@ class Cast:
 
     held_out: "combinations" (pairs that never meet in training; a test scene has at least one of them), "names" (an
         eighth of the things is never drawn in training; test questions are about these) or "none".
+    counting: share of scenes with 1 to 5 of one thing; the others have one of each.
 
     Raises:
-        ValueError: an unknown word, or too few characters.
+        ValueError: an unknown word, a share outside [0, 1], or too few characters.
     """
 
     chars: tuple[str, ...]
     split: Split = "train"
     held_out: HeldOut = "none"
+    counting: float = COUNTING
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -54,13 +56,15 @@ class Cast:
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choices: {', '.join(choices)}")
+        if not 0 <= self.counting <= 1:
+            raise ValueError(f"counting is {self.counting}; it is a share of the scenes, from 0 to 1")
         least = MIN_THINGS_APART if self.held_out == "combinations" else MIN_THINGS
         if len(self.chars) < least:
             raise ValueError(f"{len(self.chars)} things are too few for held_out={self.held_out!r}; give {least}")
 
     def draw(self, rng: random.Random) -> tuple[list[str], str | None]:
         """Characters of a scene, each as often as it occurs, and the one that may be counted, if any."""
-        if rng.random() >= COUNTING:
+        if rng.random() >= self.counting:
             return self.kinds(rng, rng.randint(1, MAX_OBJECTS)), None
         times, others = rng.randint(1, MAX_COUNT), rng.randint(0, MAX_OBJECTS - MAX_COUNT)
         counted, *rest = self.kinds(rng, 1 + others)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from eyespot.data.formats.records import BadRecord, record_id
 from eyespot.data.formats.rows import group_of, open_table, picture_of
 from eyespot.data.sample import ImageSource, Rejected, Sample
 
-MakeSample = Callable[[str, dict[str, Any], ImageSource, str], Sample]
-"""Id, row, picture and group of the picture to a sample; raises BadRecord."""
+MakeSample = Callable[[str, dict[str, Any], ImageSource, str], Sample | Iterable[Sample]]
+"""Id, row, picture and group of the picture to a sample, or to several of one row; raises BadRecord."""
 
 
 def questions_of(
     path: str, image_folder: str | None, split: str | None, make: MakeSample, id_column: str = "question_id"
 ) -> Iterator[Sample | Rejected]:
-    """A sample for each row of a file, or of a data set on the Hub (see ``open_table``), that has a picture.
+    """The sample or samples of each row of a file, or of a data set on the Hub (see ``open_table``), with a picture.
 
     Raises:
         ValueError: as ``open_table``.
@@ -31,7 +31,8 @@ def questions_of(
                 raise row
             id = record_id({"id": row.get(id_column, row.get("id"))}, id)
             image = picture_of(row, "image", folder)
-            yield make(id, row, image, group_of(id, image))
+            made = make(id, row, image, group_of(id, image))
+            yield from (made,) if isinstance(made, Sample) else made
         except BadRecord as bad:
             yield bad.rejected(id)
 

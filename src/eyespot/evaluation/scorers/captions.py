@@ -1,6 +1,6 @@
 """Captions beside reference captions: BLEU, ROUGE-L and CIDEr-D, with the numbers of the COCO caption evaluation.
 
-METEOR, which needs a stemmer and a table of synonyms, is left out.
+METEOR, which needs a stemmer, stands in ``meteor.py``.
 Source: arXiv 1504.00325, https://github.com/salaniz/pycocoevalcap (the official code, packaged).
 
 Shape letter: S captions.
