@@ -638,7 +638,7 @@ def test_cells_whose_centre_is_inside() -> None:
 def test_other_samples_are_refused(assistant: Assistant, scenes: list[Sample]) -> None:
     with pytest.raises(ValueError, match="has no drawn scene; give samples of format=scenes"):
         pointing_game(assistant, [Sample.question("a", picture(), "where?", "00 00 50 50")])
-    with pytest.raises(ValueError, match="give the objects, held_out and language that it was read with"):
+    with pytest.raises(ValueError, match="give the objects, held_out, language and counting that it was read with"):
         pointing_game(assistant, scenes)
     counts = [sample for sample in scenes if sample.kind == "count"]
     with pytest.raises(ValueError, match=f"none of {len(counts)} samples asks about one thing"):

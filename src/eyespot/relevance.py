@@ -36,7 +36,7 @@ from eyespot.data import wording
 from eyespot.data.boxes import Box
 from eyespot.data.formats.scenes import draw_scene
 from eyespot.data.sample import Message, Sample, text_part
-from eyespot.data.scenes.cast import Cast, HeldOut
+from eyespot.data.scenes.cast import COUNTING, Cast, HeldOut
 from eyespot.data.scenes.drawing import ScenePicture
 from eyespot.data.scenes.things import things
 from eyespot.evaluation.cards import Dependence, choose_shown
@@ -606,13 +606,18 @@ class Scenes:
     """Which thing a question of ``format=scenes`` is about, found by drawing its scene again.
 
     Args:
-        objects, held_out, language: those that the samples were read with, see ``read_scenes``.
+        objects, held_out, language, counting: those that the samples were read with, see ``read_scenes``.
     """
 
     def __init__(
-        self, objects: str | int | list[str] = "frequent", held_out: HeldOut = "none", language: str = "en"
+        self,
+        objects: str | int | list[str] = "frequent",
+        held_out: HeldOut = "none",
+        language: str = "en",
+        counting: float = COUNTING,
     ) -> None:
         self.held_out: HeldOut = held_out
+        self.counting = counting
         noun = wording.english if language == "en" else wording.quoted
         self.nouns = {char: noun(name) for char, name in things(objects, language).items()}
 
@@ -627,12 +632,12 @@ class Scenes:
             raise ValueError(f"sample {sample.id!r} has no drawn scene; give samples of format=scenes")  # noqa: TRY004
         if not (sample.kind == "where" or (sample.kind.startswith("presence") and sample.answers == ("yes",))):
             return None
-        cast = Cast(tuple(self.nouns), "train" if name.startswith("train") else "test", self.held_out)
+        cast = Cast(tuple(self.nouns), "train" if name.startswith("train") else "test", self.held_out, self.counting)
         scene, _ = draw_scene(cast, name, picture.size)
         if scene.picture != picture:
             raise ValueError(
                 f"sample {sample.id!r} shows another scene than its name draws with {len(cast.chars)} things and "
-                f"held_out={self.held_out!r}; give the objects, held_out and language that it was read with"
+                f"held_out={self.held_out!r}; give the objects, held_out, language and counting that it was read with"
             )
         question = sample.messages[0]["content"][-1]["text"]
         ask = wording.where_question if sample.kind == "where" else wording.presence_question

@@ -25,7 +25,7 @@ from eyespot.data.collate import Collator
 from eyespot.data.sample import Sample, blind
 from eyespot.processing.tokenizers import byte_tokenizer
 from eyespot.training import run as run_module
-from eyespot.training.callbacks import Reporter
+from eyespot.training.callbacks import Reporter, looking_at
 from eyespot.training.run import Run, compose_settings, train
 from eyespot.training.watch import CALM_STEPS, Explosion, Lookout, Sight, interval, repeats
 
@@ -106,6 +106,20 @@ def test_looking_changes_no_weight(run: Callable[..., Run], squares: list[str], 
     one, other = (load_file(result.model_folder / "model.safetensors") for result in (looked, unlooked))
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert looked.curve == unlooked.curve
+
+
+def test_looking_is_without_dropout_and_leaves_no_trace() -> None:
+    model = torch.nn.Dropout(0.5)
+    torch.manual_seed(0)
+    drawn = torch.rand(4), random.Random(0).random()
+    torch.manual_seed(0)
+    random.seed(0)
+    with pytest.raises(KeyError), looking_at(model):
+        assert torch.equal(model(torch.ones(99)), torch.ones(99))
+        torch.rand(9), random.random()
+        raise KeyError
+    assert model.training
+    assert torch.equal(torch.rand(4), drawn[0]) and random.random() == drawn[1]
 
 
 def test_a_resumed_run_has_the_looks_and_warnings_of_an_uninterrupted_one(

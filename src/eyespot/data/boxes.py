@@ -137,8 +137,12 @@ def text_iou(prediction: str, truth: str) -> float:
     return max((iou(box, expected[0]) for box in parse_boxes(prediction)[:1]), default=0.0)
 
 
-def draw_boxes(image: PIL.Image.Image, boxes: Sequence[Box], labels: Sequence[str] | None = None) -> PIL.Image.Image:
+def draw_boxes(
+    image: PIL.Image.Image, boxes: Sequence[Box], labels: Sequence[str] | None = None, width: int | None = None
+) -> PIL.Image.Image:
     """A copy of the picture with a frame around each box, and its label in the frame's colour at the upper left.
+
+    width: of the frames in pixels; unless given, it grows with the picture.
 
     Raises:
         ValueError: as many labels as boxes are needed.
@@ -147,7 +151,7 @@ def draw_boxes(image: PIL.Image.Image, boxes: Sequence[Box], labels: Sequence[st
         raise ValueError(f"{len(boxes)} boxes but {len(labels)} labels were given; give one label for each box")
     picture = image.convert("RGB")
     draw = PIL.ImageDraw.Draw(picture)
-    width = max(1, round(min(picture.size) / 150))
+    width = width or max(1, round(min(picture.size) / 150))
     font = PIL.ImageFont.load_default(max(10.0, min(picture.size) / 25))
     for number, box in enumerate(boxes):
         colour = _COLOURS[number % len(_COLOURS)]

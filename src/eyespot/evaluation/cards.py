@@ -32,6 +32,7 @@ THUMBNAILS_BYTES = 720_000
 THUMBNAIL_SIZES = (256, 192, 128, 64)
 JPEG_QUALITY = 82
 MOST_OPTIONS = 8
+FRAME = 3  # pixels of a box in a thumbnail
 WARM, MOST_WARM = (232, 89, 12), 0.8  # colour of a map, and how much of it covers the picture at most
 
 
@@ -138,7 +139,7 @@ def with_boxes(picture: Image, prediction: Prediction) -> Image:
     shown = picture.resize((across, down), Resampling.NEAREST if share > 1 else Resampling.BICUBIC)
     boxes = [("answer", box) for box in parse_boxes(prediction.prediction)[:1]]
     boxes.append(("truth", parse_boxes(prediction.answers[0])[0]))
-    return draw_boxes(shown, [box for _, box in boxes], [name for name, _ in boxes])
+    return draw_boxes(shown, [box for _, box in boxes], [name for name, _ in boxes], width=FRAME)
 
 
 def thumbnail(source: ImageInput, max_bytes: int) -> Thumbnail:

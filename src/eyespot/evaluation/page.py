@@ -16,10 +16,11 @@ STYLE = """
 body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1040px;margin:0 auto;padding:clamp(24px,6vw,72px) clamp(16px,4vw,40px)}
-h1{font-size:clamp(1.6rem,5vw,2.3rem);line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:0 0 6px}
+h1{font-size:clamp(1.6rem,5vw,2.3rem);line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:0 0 6px;
+overflow-wrap:anywhere}
 h2{font-size:1.25rem;font-weight:650;margin:0 0 6px}
 section{margin-top:clamp(40px,7vw,64px)}
-p{margin:0 0 12px;max-width:68ch}
+p{margin:0 0 12px;max-width:68ch;overflow-wrap:anywhere}
 .soft,figcaption,caption{color:var(--soft);font-size:.9rem}
 .headline{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:32px;margin-top:36px;
 align-items:center}
