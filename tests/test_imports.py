@@ -24,7 +24,7 @@ ORDER: list[tuple[str, ...]] = [
     ("inference",),
     ("training",),
     ("evaluation", "inspection", "plan"),
-    ("ray_jobs", "relevance"),
+    ("ray_jobs", "relevance", "adapters"),
     ("serving",),
     ("export",),
     ("cli",),

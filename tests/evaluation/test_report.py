@@ -21,6 +21,7 @@ from eyespot.data.sample import Sample, text_part
 from eyespot.evaluation import cards, charts
 from eyespot.evaluation.benchmarks.base import Questions, Reference, Scored
 from eyespot.evaluation.cards import Dependence, choose_errors, choose_shown
+from eyespot.evaluation.finish import BeforeAndAfter
 from eyespot.evaluation.page import STYLE
 from eyespot.evaluation.report import write_page
 from eyespot.evaluation.results import Calibration, Score
@@ -28,7 +29,7 @@ from eyespot.evaluation.runner import evaluate
 from eyespot.inference import Answer, Assistant
 from eyespot.models.int8 import to_int8
 from eyespot.relevance import answer_map, trace_shown
-from eyespot.training.run import compose_settings
+from eyespot.training.run import Run, compose_settings
 
 VOID = {"meta", "img", "br"}
 EVIL = '<script>alert("1")</script> & "quoted"'
@@ -643,6 +644,27 @@ def test_a_model_that_cannot_be_looked_into_says_why(assistant: Assistant) -> No
     samples = [coloured("red", "red")]
     found = trace_shown(blocked, asked_of({"red": "a"}, samples), samples, 1)
     assert "gradients do not pass the 8-bit layers" in str(found["red"])
+
+
+def test_the_end_of_a_run_passes_on_its_warnings_looks_and_maps(assistant: Assistant, tmp_path: Path) -> None:
+    settings = compose_settings(
+        ["recipe=smoke", f"output_dir={tmp_path}", "evaluation.limit=6", "evaluation.max_new_tokens=4",
+         "evaluation.controls=[blind]", "evaluation.relevance=2"]
+    )  # fmt: skip
+    looks = [{"step": step, "own": 1.0, "other": 1.0 + step / 8} for step in (1, 2)]
+    warning = {"step": 1200, "kind": "sight", "text": "no sign that the model uses the picture"}
+    run = Run(tmp_path / "smoke", settings, True, 2, 4, 1.0, [(1, 2.0)], [], None, assistant, looks, [warning])
+    asked = []
+
+    def trace(assistant: Assistant, evaluation: Any, samples: Sequence[Sample], number: int) -> dict[str, str]:
+        asked.append(number)
+        return {choose_shown(evaluation)[0].id: "it does not say"}
+
+    BeforeAndAfter(settings).finish(run, "eyespot train", trace)
+    words = " ".join(Page(run.folder / "report.html").words)
+    assert "Step 1,200: no sign that the model uses the picture" in words
+    assert "loss that the right picture saves from 0.125 at step 1 to 0.25 at step 2." in words
+    assert asked == [2] and "it does not say" in words
 
 
 @pytest.mark.parametrize("key", ["relevance", "before", "pictures"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -188,7 +189,7 @@ def test_two_processes_look_once_and_see_the_same(
     command += [f"output_dir={tmp_path}", "trainer.devices=2", "trainer.batch_size=4", f"trainer.strategy={strategy}"]
     command += ["evaluation.run=false", "trainer.device=cpu"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     looks = json.loads((tmp_path / "two" / "model" / "training.json").read_text())["looks"]
@@ -199,10 +200,10 @@ def test_two_processes_look_once_and_see_the_same(
 
 
 def test_too_few_pictures_are_said(squares: list[str], tmp_path: Path) -> None:
-    console = Console(record=True, file=(tmp_path / "said.txt").open("w"), width=200)
+    said = io.StringIO()
     settings = compose_settings(["recipe=smoke", f"output_dir={tmp_path}", *squares, "trainer.validation_limit=7"])
-    assert train(settings, console=console).looks == []
-    assert "the validation has 7 that can be exchanged, 8 are needed" in console.export_text()
+    assert train(settings, console=Console(file=said, width=200)).looks == []
+    assert "the validation has 7 that can be exchanged, 8 are needed" in said.getvalue()
 
 
 @pytest.mark.parametrize("rate", [1, 10, 100])  # beyond these the run ends, because gradients are infinite

@@ -137,8 +137,8 @@ def with_boxes(picture: Image, prediction: Prediction) -> Image:
     share = THUMBNAIL_SIZES[0] / max(picture.size)
     across, down = (max(1, round(share * side)) for side in picture.size)
     shown = picture.resize((across, down), Resampling.NEAREST if share > 1 else Resampling.BICUBIC)
-    boxes = [("answer", box) for box in parse_boxes(prediction.prediction)[:1]]
-    boxes.append(("truth", parse_boxes(prediction.answers[0])[0]))
+    boxes = [("truth", parse_boxes(prediction.answers[0])[0])]
+    boxes += [("answer", box) for box in parse_boxes(prediction.prediction)[:1]]
     return draw_boxes(shown, [box for _, box in boxes], [name for name, _ in boxes], width=FRAME)
 
 
