@@ -39,7 +39,7 @@ class Eyespot(lmms):  # type: ignore[misc]
     Args:
         pretrained: folder of the model. dtype, adapter: see ``eyespot.load``.
         batch_size: requests in one pass.
-        device: "auto", "cpu", "cuda", ...; under ``accelerate launch`` every process takes its own.
+        device: "auto", "cpu", "cuda", ...; of several processes each takes its own.
         max_new_tokens: limit of an answer where the task sets none.
 
     Raises:
