@@ -19,7 +19,7 @@ from eyespot.evaluation.controls import blind, shuffled
 from eyespot.evaluation.runner import evaluate
 from eyespot.inference import load
 
-PICTURES, NEW_TOKENS, BATCH_SIZE = 20, 16, 128
+PICTURES, NEW_TOKENS, BATCH_SIZE = 6, 16, 128
 
 
 def main() -> None:

@@ -235,7 +235,7 @@ print((resident() - before) / len(store))
     sample = {"id": "x", "images": ["x.png"], "messages": [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is in it? " * 20}]},
         {"role": "assistant", "content": [{"type": "text", "text": "nothing"}]},
-    ], "answers": [], "group": "", "captions": [], "source": ""}  # fmt: skip
+    ], "answers": [], "group": "", "captions": [], "source": "", "options": []}  # fmt: skip
     line = json.dumps(sample).encode() + b"\n"
     (folder / "samples.jsonl").write_bytes(line * number)
     (folder / "pictures.bin").touch()

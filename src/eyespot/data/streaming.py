@@ -34,7 +34,7 @@ from eyespot.files import default_cache, make_folder, one_at_a_time
 from eyespot.processing.images import ImageError, content_hash, open_image
 from eyespot.registry import FILTERS
 
-VERSION = 1  # of the files; another one is read anew
+VERSION = 2  # of the files; another one is read anew
 REPORT_FILE = "report.json"
 
 
@@ -67,7 +67,7 @@ class SampleStore(Sequence[Sample]):
         start = int(self._ends[index - 1]) if index else 0
         record = json.loads(_piece(self.folder / "samples.jsonl", start, int(self._ends[index]) - start))
         images = tuple(self._image(image) for image in record.pop("images"))
-        for key in ("messages", "answers", "captions"):
+        for key in ("messages", "answers", "captions", "options"):
             record[key] = tuple(record[key])
         return Sample(images=images, **record)
 
