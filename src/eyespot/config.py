@@ -12,7 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from eyespot.registry import AUGMENTATIONS, BENCHMARKS, CONNECTORS, FILTERS, FORMATS, LANGUAGES, VISION, Registry, closest
+from eyespot.registry import (
+    AUGMENTATIONS,
+    BENCHMARKS,
+    CONNECTORS,
+    FILTERS,
+    FORMATS,
+    LANGUAGES,
+    VISION,
+    Registry,
+    closest,
+)
 
 Mode = Literal["frozen", "full", "lora"]
 MAX_FREQUENCIES = 16  # of positions; the last wave is finer than any pixel

@@ -52,7 +52,7 @@ class AnswerScore(NamedTuple):
     is_greedy: bool
 
 
-class _Likelihood(LogitsProcessor):  # type: ignore[misc]
+class _Likelihood(LogitsProcessor):
     """Adds up the log-probabilities of the likeliest tokens while transformers' generate chooses them.
 
     Attributes:
