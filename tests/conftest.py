@@ -12,6 +12,11 @@ from eyespot.models.vlm import VLM
 from tiny import IMAGE_SIZE, LANGUAGES, make_vlm, save_language, vision_encoder, write_gguf
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Trainings first: they take longest, and a worker that begins one last keeps the other waiting."""
+    items.sort(key=lambda item: item.path.parent.name != "training")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is read from or written to the cache of whoever runs the tests."""

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eyespot.registry import EXPORTS, IMPORTS
+
 EPILOG = """examples:
   eyespot train recipe=quickstart
   eyespot train recipe=smoke trainer.batch_size=4 name=first
+  eyespot plan recipe=gemma270m_llava --devices A100-80 H100
   eyespot ask runs/quickstart/model photo.png "what color is the shape?"
   eyespot caption runs/quickstart/model photos --out captions.jsonl
   eyespot evaluate runs/quickstart/model
@@ -21,6 +24,8 @@ EPILOG = """examples:
   eyespot inspect data recipe=quickstart
   eyespot data report recipe=quickstart data.limit=2000
   eyespot cache show
+  eyespot serve runs/quickstart/model
+  eyespot export runs/quickstart/model onnx --out quickstart-onnx
 """
 
 
@@ -112,13 +117,86 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("target", nargs="+", metavar="key=value", help="recipe=NAME and settings")
     data.add_argument("--out", default="data-report", metavar="FOLDER", help="where report.html and report.json go")
 
+    push = verbs.add_parser("push", help="show what would go to the Hugging Face Hub, and with --yes send it")
+    push.add_argument("source", metavar="RUN or MODEL", help="folder of a finished run, or of its model")
+    push.add_argument("repo", metavar="OWNER/NAME", help="made if there is none")
+    push.add_argument("questions", nargs="*", metavar="key=value", help="for the check of --space, as for evaluate")
+    push.add_argument("--yes", action="store_true", help="send it")
+    push.add_argument("--space", action="store_true", help="a page with the model, which has to look at pictures")
+    push.add_argument("--private", action="store_true", help="if the repository is made")
+    push.add_argument("--license", metavar="ID", help="of a model that is made of no pretrained weights")
+    push.add_argument("--out", metavar="FOLDER", help="keep what would go")
+
+    download = verbs.add_parser("download", help="fetch a model from the Hugging Face Hub; an interrupted one goes on")
+    download.add_argument("repo", metavar="OWNER/NAME")
+    download.add_argument("--out", required=True, metavar="FOLDER", help="the model folder")
+    download.add_argument("--revision", help="commit, branch or tag")
+
+    imports = verbs.add_parser("import", help="turn a LLaVA, a nanoVLM or a Lightning checkpoint into a model folder")
+    imports.add_argument("kind", choices=IMPORTS.names())
+    imports.add_argument("source", help="folder, file or Hub name")
+    imports.add_argument(
+        "settings", nargs="*", metavar="key=value", help="lightning: recipe=NAME and settings of the model"
+    )
+    imports.add_argument("--out", required=True, metavar="FOLDER", help="the new model folder")
+    imports.add_argument("--vision", metavar="FOLDER", help="pretrained vision encoder (llava, lightning)")
+    imports.add_argument("--language", metavar="FOLDER", help="pretrained language model (lightning)")
+    imports.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer, if not the source's own (llava, nanovlm)")
+    imports.add_argument("--template", metavar="FILE", help="chat template, if not the source's own (llava)")
+    imports.add_argument(
+        "--rename", action="append", metavar="old=new", help="beginnings of names of tensors (lightning); repeatable"
+    )
+    imports.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="of the weights")
+
+    export = verbs.add_parser("export", help="write a model for other programs, and check that it answers the same")
+    export.add_argument("model", help="model folder")
+    export.add_argument("format", metavar="FORMAT", help=f"one of {', '.join(EXPORTS)}")
+    export.add_argument("--out", required=True, metavar="FOLDER", help="new folder")
+    export.add_argument("--pictures", nargs="+", default=[], metavar="FILE", help="to check on; default: ten drawn")
+    export.add_argument("--adapter", metavar="FOLDER", help="an adapter that peft (TRL) trained on this model")
+
+    plan = verbs.add_parser("plan", help="parameters, FLOPs, memory, time and cost of a run, before it starts")
+    plan.add_argument("overrides", nargs="+", metavar="key=value", help="as for train")
+    plan.add_argument(
+        "--devices", nargs="+", default=["here", "A10", "A100-40", "A100-80", "H100", "H200"], metavar="NAME",
+        help="here (this machine, measured for ten seconds) and GPUs; NAME=DOLLARS for another price an hour",
+    )  # fmt: skip
+    plan.add_argument("--json", metavar="FILE", help="write the plan there, too")
+    plan.add_argument(
+        "--assume", type=int, nargs=3, metavar=("SAMPLES", "TEXT", "LEARNED"),
+        help="of data that is not here: samples, tokens of text in each, and those that are learned",
+    )  # fmt: skip
+    plan.add_argument("--fresh", action="store_true", help="measure this machine again")
+
     cache = verbs.add_parser("cache", help="features of pictures that frozen encoders have seen, kept on disk")
     cache.add_argument("what", choices=["show", "fill", "clear"])
     cache.add_argument(
         "target", nargs="*", metavar="ENCODER or key=value", help="clear: one encoder; fill: recipe=NAME and settings"
     )
     _add_ray(cache)
+
+    _add_serve(verbs.add_parser("serve", help="answer OpenAI's API, and a page for people, over HTTP"))
     return top
+
+
+def _add_serve(verb: argparse.ArgumentParser) -> None:
+    from dataclasses import fields
+
+    from eyespot.serving.limits import Limits
+
+    verb.add_argument("models", nargs="+", metavar="MODEL", help="model folder; several are served side by side")
+    verb.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask")
+    verb.add_argument("--port", type=int, default=8000)
+    verb.add_argument("--name", action="append", default=[], help="of a model, for clients; once for each model")
+    verb.add_argument("--api-key", default=os.environ.get("EYESPOT_API_KEY"), help="default: EYESPOT_API_KEY")
+    verb.add_argument("--allow-urls", action="store_true", help="fetch pictures from public http(s) addresses")
+    verb.add_argument("--no-page", action="store_true", help="the API alone")
+    for limit in fields(Limits):
+        verb.add_argument(
+            f"--{limit.name.replace('_', '-')}", type=type(limit.default), default=limit.default, metavar="N",
+            help=f"{limit.metadata['help']}; default: %(default)s",
+        )  # fmt: skip
+    _add_device(verb)
 
 
 def _add_ray(verb: argparse.ArgumentParser) -> None:
@@ -182,11 +260,13 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
     from eyespot.evaluation.finish import BeforeAndAfter
     from eyespot.evaluation.pictures import Pictures
     from eyespot.evaluation.retrieval import measure_retrieval
+    from eyespot.plan.compare import compare as compare_with_plan
     from eyespot.relevance import trace_shown
     from eyespot.training.module import ProcessLost, TrainingStopped
     from eyespot.training.processes import is_first_process
     from eyespot.training.run import compose_settings, finished_run
     from eyespot.training.run import train as run_training
+    from eyespot.training.tracking import end_interrupted, log_results
 
     settings = compose_settings(options.overrides)
     console = Console(stderr=True)
@@ -214,14 +294,18 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
     if not run.finished:
         resume = shlex.join(["eyespot", *(word for word in words if word != "--fresh")])
         print(f"stopped by {run.stopped_by} at step {run.steps}, saved; to go on: {resume}")
+        end_interrupted(settings)
         return 130
     print(f"model: {run.model_folder}")
+    compare_with_plan(run, settings, console)
     if pictures is not None:
         _draw(pictures, run)
     if closing is not None:
         evaluation = closing.finish(run, command, trace_shown)
         print_evaluation(evaluation, closing.before)
         print(f"report: {run.folder / 'report.json'} and {run.folder / 'report.html'}")
+    for place in log_results(settings, closing.samples if closing is not None else ()):
+        print(place)
     return 0
 
 
@@ -507,6 +591,64 @@ def cache(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
+def push(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Show, or send, a model or a Space."""
+    from eyespot.export.push import push as push_to_hub
+
+    names = ("space", "yes", "private", "out", "questions")
+    given = {name: getattr(options, name) for name in names}
+    for line in push_to_hub(options.source, options.repo, licence=options.license, **given):
+        print(line, flush=True)
+    return 0
+
+
+def download(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Fetch a model."""
+    from eyespot.export.hub import download as download_from_hub
+
+    commit = download_from_hub(options.repo, options.out, options.revision)
+    print(f"model: {options.out} (commit {commit})")
+    return 0
+
+
+def import_(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Write a model of another project as a folder of ours."""
+    from eyespot.importing import import_model
+
+    names = ("settings", "vision", "language", "tokenizer", "template", "rename", "dtype")
+    given = {name: getattr(options, name) for name in names}
+    for note in import_model(options.kind, options.source, options.out, **given):
+        print(f"note: {note}")
+    print(f"model: {options.out}")
+    return 0
+
+
+def export(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Write a model in another format."""
+    from eyespot.export.parity import check_target, export_model
+    from eyespot.inference import load
+
+    check_target(options.format, options.out)
+    assistant = load(options.model, "cpu", "float32", options.adapter)
+    print(export_model(assistant, options.format, options.out, options.pictures).summary())
+    print(f"export: {options.out}")
+    return 0
+
+
+def serve(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Answer over HTTP until the process is stopped."""
+    from dataclasses import fields
+
+    from eyespot.serving.limits import Limits
+    from eyespot.serving.server import serve as run_server
+
+    limits = Limits(**{limit.name: getattr(options, limit.name) for limit in fields(Limits)})
+    names = ("host", "port", "api_key", "allow_urls", "device", "dtype", "adapter")
+    how = {name: getattr(options, name) for name in names}
+    run_server(options.models, names=options.name, page=not options.no_page, limits=limits, **how)
+    return 0
+
+
 def print_features(root: Path) -> None:
     """A table of what is cached."""
     from datetime import datetime
@@ -557,9 +699,27 @@ def _generation(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def plan(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Say what a run will need."""
+    from rich.console import Console
+
+    from eyespot.plan import Assumed, make_plan, remember, show
+    from eyespot.training.run import compose_settings
+
+    settings = compose_settings(options.overrides)
+    assumed = Assumed(*options.assume) if options.assume else None
+    planned = make_plan(settings, options.devices, assumed=assumed, fresh=options.fresh)
+    show(planned, Console())
+    remember(planned, settings)
+    if options.json:
+        Path(options.json).write_text(json.dumps(planned.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
 VERBS = {
     "train": train, "sweep": sweep, "prefer": prefer, "ask": ask, "caption": caption, "evaluate": evaluate,
-    "compare": compare, "inspect": inspect, "data": data, "cache": cache,
+    "compare": compare, "inspect": inspect, "data": data, "cache": cache, "serve": serve,
+    "import": import_, "plan": plan, "push": push, "download": download, "export": export,
 }  # fmt: skip
 
 

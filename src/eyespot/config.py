@@ -200,10 +200,18 @@ class TrainerSettings:
 
 @dataclass
 class LoggerSettings:
-    """Where curves go, one switch each."""
+    """Where a run is recorded, one switch each; see eyespot.training.tracking. model: MLflow and Weights & Biases get
+    the model folder, too; project: theirs; mlflow_uri: a server, or sqlite:///FILE; by default MLFLOW_TRACKING_URI, or
+    mlflow.db in the output folder; wandb_offline: files for ``wandb sync``."""
 
     csv: bool = True
     tensorboard: bool = True
+    mlflow: bool = False
+    wandb: bool = False
+    model: bool = False
+    project: str = "eyespot"
+    mlflow_uri: str | None = None
+    wandb_offline: bool = False
 
 
 @dataclass

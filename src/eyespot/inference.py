@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TextIteratorStreamer
+from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
 from eyespot.branching import answer_scores, can_branch, greedy_scored, sum_by_owner, token_scores
 from eyespot.compose import load_parts
@@ -73,6 +73,13 @@ class _Likelihood(LogitsProcessor):
         return scores
 
 
+class _Closed(threading.Event, StoppingCriteria):
+    """Ends transformers' generate when it is set; all rows at once."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return torch.full(input_ids.shape[:1], self.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
 class Assistant:
     """A model with its processor on a device.
 
@@ -88,6 +95,14 @@ class Assistant:
         self.processor = processor
         self._features: dict[Hashable, Tensor] = {}
         self._prefixes: dict[Hashable, Any] = {}
+        self._remembering = threading.RLock()  # a server asks from several threads
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_remembering"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remembering = threading.RLock()  # a copy has a lock of its own
 
     @overload
     def ask(self, images: Any, question: str, **options: Any) -> str: ...
@@ -112,13 +127,21 @@ class Assistant:
     def stream(self, images: Any, question: str, **options: Any) -> Iterator[str]:
         """The same answer in pieces, as they are made."""
         pictures = list(images) if isinstance(images, (list, tuple)) else [images]
-        conversation = [(pictures, user_turn(pictures, question))]
+        return self.stream_conversation((pictures, user_turn(pictures, question)), **options)
+
+    def stream_conversation(self, conversation: Conversation, **options: Any) -> Iterator[str]:
+        """The next answer of a conversation in pieces; the model stops when the iterator is closed.
+
+        ``options`` are those of ``generate_text``.
+        """
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        closed = _Closed()
+        options["stopping_criteria"] = [*options.get("stopping_criteria", ()), closed]
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
-                self.generate_text(conversation, streamer=streamer, **options)
+                self.generate_text([conversation], streamer=streamer, **options)
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
@@ -126,12 +149,15 @@ class Assistant:
         thread = threading.Thread(target=work)
         thread.start()
         started = False
-        for piece in streamer:
-            piece = piece if started else piece.lstrip()
-            started = started or bool(piece)
-            if piece:
-                yield piece
-        thread.join()
+        try:
+            for piece in streamer:
+                piece = piece if started else piece.lstrip()
+                started = started or bool(piece)
+                if piece:
+                    yield piece
+        finally:
+            closed.set()
+            thread.join()
         if failure:
             raise failure[0]
 
@@ -223,15 +249,16 @@ class Assistant:
     def features(self, images: Sequence[Any]) -> Tensor:
         """Pictures -> patch features float [N, P, E]; a picture that was encoded lately is not encoded again."""
         keys = [picture_digest(image) for image in images]
-        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._features}
-        if missing:
-            pixels = self.processor.pixel_values(list(missing.values())).to(self.device)
-            with self.autocast():
-                encoded = self.model.encode_images(pixels)
-            self._features.update(zip(missing, encoded, strict=True))
-        found = torch.stack([self._features[key] for key in keys])
-        while len(self._features) * found[0].nbytes > FEATURE_BYTES:
-            del self._features[next(iter(self._features))]
+        with self._remembering:
+            missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._features}
+            if missing:
+                pixels = self.processor.pixel_values(list(missing.values())).to(self.device)
+                with self.autocast():
+                    encoded = self.model.encode_images(pixels)
+                self._features.update(zip(missing, encoded, strict=True))
+            found = torch.stack([self._features[key] for key in keys])
+            while len(self._features) * found[0].nbytes > FEATURE_BYTES:
+                del self._features[next(iter(self._features))]
         return found
 
     def _takes_prefix(self, options: Mapping[str, Any]) -> bool:
@@ -258,11 +285,12 @@ class Assistant:
         """
         length = int((input_ids[0] == self.model.config.image_token_id).nonzero().max()) + 1
         key = (tuple(map(picture_digest, images)), tuple(input_ids[0, :length].tolist()))
-        if key not in self._prefixes:
-            self._prefixes[key] = self.model.prefill(input_ids[:, :length], self.features(images))
-        self._prefixes[key] = found = self._prefixes.pop(key)  # the last one used is dropped last
-        while len(self._prefixes) > 1 and sum(map(_num_bytes, self._prefixes.values())) > PREFIX_BYTES:
-            del self._prefixes[next(iter(self._prefixes))]
+        with self._remembering:
+            if key not in self._prefixes:
+                self._prefixes[key] = self.model.prefill(input_ids[:, :length], self.features(images))
+            self._prefixes[key] = found = self._prefixes.pop(key)  # the last one used is dropped last
+            while len(self._prefixes) > 1 and sum(map(_num_bytes, self._prefixes.values())) > PREFIX_BYTES:
+                del self._prefixes[next(iter(self._prefixes))]
         return copy.deepcopy(found)
 
     @torch.inference_mode()

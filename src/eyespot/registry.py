@@ -133,3 +133,24 @@ AUGMENTATIONS = Registry(
         "hue": "eyespot.processing.augment:Hue",
     },
 )
+EXPORTS = Registry(
+    "export format",
+    {
+        "merged": "eyespot.export.merged:export_merged",
+        "llava": "eyespot.export.llava:export_llava",
+        "onnx": "eyespot.export.onnx:export_onnx",
+        "gguf": "eyespot.export.gguf:export_gguf",
+        "gguf_f32": "eyespot.export.gguf:export_gguf_f32",
+        "gguf_q8_0": "eyespot.export.gguf:export_gguf_q8_0",
+        "gguf_text": "eyespot.export.gguf:export_gguf_text",
+        "torch_export": "eyespot.export.torch_program:export_torch_program",
+    },
+)
+IMPORTS = Registry(
+    "import format",
+    {
+        "llava": "eyespot.importing.llava:import_llava",
+        "nanovlm": "eyespot.importing.nanovlm:import_nanovlm",
+        "lightning": "eyespot.importing.lightning:import_lightning",
+    },
+)

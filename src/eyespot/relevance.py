@@ -98,7 +98,7 @@ class Answered:
 
 
 def read_answer(assistant: Assistant, images: Sequence[Any], messages: Sequence[Mapping[str, Any]]) -> Answered:
-    """A question and its answer, encoded as in training; the token that ends the turn is no word.
+    """A conversation and its last answer, encoded as in training; the token that ends the turn is no word.
 
     Raises:
         ValueError: there is not exactly one picture, or the answer has no word.
@@ -106,7 +106,9 @@ def read_answer(assistant: Assistant, images: Sequence[Any], messages: Sequence[
     if len(images) != 1:
         raise ValueError(f"{len(images)} pictures were given, but words are traced back to exactly 1; give one picture")
     encoded = assistant.processor.encode_conversation(messages)
-    places = [i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX][:-1]
+    learned = [label != IGNORE_INDEX for label in encoded.labels]
+    end = len(learned) - 1 - learned[::-1].index(True)
+    places = range(end - learned[end::-1].index(False) + 1, end)
     ids = [encoded.input_ids[place] for place in places]
     words = assistant.processor.decode_answer(ids).split()
     if not words:

@@ -123,7 +123,11 @@ def test_written_and_read_again_is_the_same(fakes: SimpleNamespace, samples: lis
     first = json.loads((path.parent / "predictions.jsonl").read_text().splitlines()[0])
     assert first["question"] == "what color is it?"
     assert first["answers"] == ["red"]
-    assert sorted(file.name for file in path.parent.iterdir()) == ["predictions.jsonl", "report.json"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["metrics.json", "predictions.jsonl", "report.json"]
+    figures = json.loads((path.parent / "metrics.json").read_text())
+    assert (figures["accuracy"], figures["blind"]) == (result.accuracy, result.controls["blind"].accuracy)
+    assert figures["above_blind"] == pytest.approx(figures["accuracy"] - figures["blind"])
+    assert figures["above_blind"] > 0
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(

@@ -268,7 +268,7 @@ def test_gradient_checkpointing_changes_memory_not_gradients() -> None:
     for checkpointing in (False, True):
         model = tiny().train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         output = model(tokens, labels=tokens)
         assert output.past_key_values is None
         output.loss.backward()
@@ -279,6 +279,8 @@ def test_gradient_checkpointing_changes_memory_not_gradients() -> None:
 
 def test_the_older_name_of_checkpointing_works_too() -> None:
     model = tiny().train()
+    if not hasattr(model, "activation_checkpointing_enable"):
+        pytest.skip("this transformers knows the older name only")
     with pytest.warns(FutureWarning, match="activation_checkpointing_enable"):
         model.gradient_checkpointing_enable()
     assert model.is_activation_checkpointing

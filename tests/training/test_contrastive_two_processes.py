@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 
 from drawn import draw_captions
 from eyespot.training.run import compose_settings, train
+from started import said_by, tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RATES = "trainer.lr={vision: 2e-3, connector: 2e-3, language: 2e-3, alignment: 2e-3, detection: 2e-3}"
@@ -63,16 +62,12 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, side: list[str], 
     ]
     with Path(os.devnull).open("w") as nowhere:
         one = train(compose_settings([*common, "name=one", "trainer.batch_size=8"]), console=Console(file=nowhere))
-    command = [sys.executable, "-W", "ignore", "-m", "eyespot", "train", *common, "name=two", "trainer.batch_size=4",
-               "trainer.devices=2", "trainer.device=cpu"]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"stage 2 of {len(record(tmp_path / 'one'))}") == 1
-    two = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    two = ["name=two", "trainer.batch_size=4", "trainer.devices=2", "trainer.device=cpu"]
+    said = said_by(tasks("train", *common, *two))
+    assert said.count(f"stage 2 of {len(record(tmp_path / 'one'))}") == 1
+    weights = load_file(tmp_path / "two" / "model" / "model.safetensors")
     for name, tensor in load_file(one.model_folder / "model.safetensors").items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
     for ours, theirs in zip(record(tmp_path / "one"), record(tmp_path / "two"), strict=True):
         for curve in ("curve", "validation"):
             assert [v for _, v in ours[curve]] == pytest.approx([v for _, v in theirs[curve]], rel=1e-4)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from eyespot.config import ConfigError, TrainerSettings
 from eyespot.training import processes
 from eyespot.training.processes import SameStart, check_processes, cluster, is_first_process
 from eyespot.training.run import Run, comparable, last_checkpoint
+from started import Started, free_port, said_by, tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -41,34 +42,34 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def start(
-    folder: Path, name: str, *overrides: str, script: Path | None = None, env: Mapping[str, str] = {}
-) -> subprocess.Popen[str]:
-    """``eyespot train`` in a process of its own, or a script that starts it."""
-    command = [sys.executable, "-W", "ignore", "-m", "eyespot", "train"] if script is None else ["bash", str(script)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen(
-        [*command, *SMALL, f"name={name}", f"output_dir={folder}", *overrides],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PATH": path, **env},
-    )  # fmt: skip
+Process = Started | subprocess.Popen[str]
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+def train(folder: Path, name: str) -> list[str]:
+    return ["train", *SMALL, f"name={name}", f"output_dir={folder}"]
+
+
+def start(folder: Path, name: str, *overrides: str) -> Started:
+    """``eyespot train`` in a process of its own, which starts that of the second device in a new interpreter."""
+    return Started(*train(folder, name), *overrides)
+
+
+def finish(process: Process, code: int = 0) -> str:
     """What it said, once it has ended."""
     said = "".join(process.communicate(timeout=500))
     assert process.returncode == code, said
     return said
 
 
-def wait_for(process: subprocess.Popen[str], step: int) -> int:
-    """Let it reach a step; returns the id of the process of the second device."""
+def wait_for(process: Process, step: int) -> int:
+    """Let it reach a step, which one process says for all; returns the id of the process of the second device."""
     assert process.stderr is not None
     said = []
     for line in process.stderr:
         said.append(line)
         if line.startswith(f"step {step}/"):
             break
-    assert process.poll() is None, "".join(said)
+    assert sum(line.startswith(f"step {step - 1}/") for line in said) == 1, "".join(said)
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
 
 
@@ -86,16 +87,15 @@ def assert_equal(found: Path, wanted: Path) -> None:
     assert [name for name in other if not torch.equal(one[name], other[name])] == []
 
 
-def torchrun() -> dict[str, Any]:
+def torchrun(folder: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
     """The example of the documentation, on this machine."""
-    script = Path(__file__).parents[2] / "examples" / "torchrun.sh"
-    return {"script": script, "env": {"GPUS": "2", "HEAD": f"localhost:{free_port()}", "RESTARTS": "1"}}
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+    command = ["bash", str(Path(__file__).parents[2] / "examples" / "torchrun.sh")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {"PATH": path, "GPUS": "2", "HEAD": f"localhost:{free_port()}", "RESTARTS": "1"}
+    return subprocess.Popen(
+        [*command, *train(folder, name)[1:], *overrides],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env},
+    )  # fmt: skip
 
 
 # --- the same weights ---------------------------------------------------------------------------------------------
@@ -122,10 +122,10 @@ def test_processes_without_pictures_or_samples_keep_step(
     run: Callable[..., Run], tmp_path: Path, mixed: list[str], strategy: str
 ) -> None:
     """Micro-batches of one sample: a process often has no picture, and once no sample, where the other has one."""
-    two = start(tmp_path, "two", *mixed, "trainer.devices=2", "trainer.batch_size=1", f"trainer.strategy={strategy}")
+    two = ["trainer.devices=2", "trainer.batch_size=1", f"trainer.strategy={strategy}"]
+    said = said_by(tasks(*train(tmp_path, "two"), *mixed, *two))
     one = run("one", *SMALL[1:], *mixed, "trainer.batch_size=2")
-    said = finish(two)
-    assert "left out 3" in said
+    assert "left out 3" in said and said.count("step 2/") == 1, "the first process speaks for all"
     assert_close(tmp_path / "two", one.folder)
     record = json.loads((tmp_path / "two" / "model" / "training.json").read_text())
     assert record["samples"] == one.samples == 18
@@ -136,9 +136,8 @@ def test_sharded_training_gives_the_weights_of_one_process(run: Callable[..., Ru
     """With a frozen encoder, adapters and a tied head; what it saves is a whole model and a checkpoint like any."""
     frozen = [*LORA, "model.vision.train=frozen", "trainer.max_steps=4", "trainer.checkpoint_every=2"]
     frozen[1] = frozen[1].replace("dropout: 0.2", "dropout: 0")
-    sharded = start(tmp_path, "sharded", *frozen, *TWO, "trainer.strategy=fsdp")
+    said_by(tasks(*train(tmp_path, "sharded"), *frozen, *TWO, "trainer.strategy=fsdp"))
     one = run("one", *SMALL[1:], *frozen, "trainer.batch_size=8")
-    finish(sharded)
     assert_close(tmp_path / "sharded", one.folder)
     files = [load_file(last_checkpoint(f) / "trained.safetensors") for f in (tmp_path / "sharded", one.folder)]  # type: ignore[operator]
     assert {name: t.shape for name, t in files[0].items()} == {name: t.shape for name, t in files[1].items()}
@@ -148,20 +147,6 @@ def test_sharded_training_gives_the_weights_of_one_process(run: Callable[..., Ru
     assert [loss for _, loss in validation] == pytest.approx([loss for _, loss in one.validation], rel=1e-5)
 
 
-def test_torchrun_and_slurm_start_the_same_run(tmp_path: Path) -> None:
-    common = [*TWO, "trainer.max_steps=2"]
-    runs = [start(tmp_path, "torchrun", *common, **torchrun())]
-    port = free_port()
-    for task in "01":
-        slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_PROCID": task,
-                 "SLURM_LOCALID": task, "SLURM_NODEID": "0", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "eyespot",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        runs.append(start(tmp_path, "slurm", *common, env=slurm))
-    said = [finish(process) for process in runs]
-    assert [text.count("step 2/2") for text in said] == [1, 1, 0], "the first process speaks for all"
-    assert_equal(tmp_path / "torchrun", tmp_path / "slurm")
-
-
 # --- stops and losses ---------------------------------------------------------------------------------------------
 
 LONG = [*LORA, *TWO, "trainer.epochs=4", "trainer.checkpoint_every=2", "trainer.validate_every=6"]
@@ -169,45 +154,44 @@ LONG = [*LORA, *TWO, "trainer.epochs=4", "trainer.checkpoint_every=2", "trainer.
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes that nothing interrupts, with dropout in both."""
+    """A run of two processes, started by SLURM, that nothing interrupts, with dropout in both."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(folder, "whole", *LONG))
+    said = said_by(tasks(*train(folder, "whole"), *LONG))
+    assert said.count("step 2/") == 1, "the first process speaks for all"
     return folder / "whole"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_when_one_process_is_killed_the_other_stops_and_the_run_resumes(tmp_path: Path, whole: Path, rank: int) -> None:
-    process = start(tmp_path, "killed", *LONG)
-    second = wait_for(process, 5)
-    killed_at = time.monotonic()
-    os.kill(second if rank == 1 else process.pid, signal.SIGKILL)
-    said = finish(process, 1 if rank == 1 else -signal.SIGKILL)  # ends when both have closed their streams
-    assert time.monotonic() - killed_at < 30
-    who = "process 1 was ended by SIGKILL" if rank == 1 else "the process that started this one is gone"
-    assert f"eyespot train: {who}; stopped at step" in said
-    assert f"last good checkpoint: {tmp_path / 'killed' / 'checkpoints' / 'step-0000004'}" in said
-    assert not (tmp_path / "killed" / "model").exists()
+def test_when_one_process_hangs_or_is_killed_the_other_stops_and_the_run_resumes(tmp_path: Path, whole: Path) -> None:
+    """The second one hangs, in the next start it is killed, in the third the first one is, in the last nobody."""
+    folder = tmp_path / "killed"
+    process = start(tmp_path, "killed", *LONG, "trainer.timeout_s=30")  # as long as a busy machine takes to start one
+    os.kill(wait_for(process, 3), signal.SIGSTOP)
+    said = finish(process, 1)
+    assert "another process is gone or does not answer" in said and "step-0000002" in said
+    for rank, step in ((1, 5), (0, 9)):
+        process = start(tmp_path, "killed", *LONG)
+        second = wait_for(process, step)
+        killed_at = time.monotonic()
+        os.kill(second if rank == 1 else process.pid, signal.SIGKILL)
+        said = finish(process, 1 if rank == 1 else -signal.SIGKILL)  # ends when both have closed their streams
+        assert time.monotonic() - killed_at < 30
+        who = "process 1 was ended by SIGKILL" if rank == 1 else "the process that started this one is gone"
+        assert f"eyespot train: {who}; stopped at step" in said
+        assert f"last good checkpoint: {folder / 'checkpoints' / f'step-{step - 1:07d}'}" in said
+        assert not (folder / "model").exists()
     assert "going on from" in finish(start(tmp_path, "killed", *LONG))
-    assert_equal(tmp_path / "killed", whole)
+    assert_equal(folder, whole)
 
 
-def test_under_torchrun_a_run_goes_on_by_itself(tmp_path: Path, whole: Path) -> None:
-    process = start(tmp_path, "restarted", *LONG, **torchrun())
+def test_under_torchrun_a_run_goes_on_by_itself_and_equals_that_of_slurm(tmp_path: Path, whole: Path) -> None:
+    process = torchrun(tmp_path, "restarted", *LONG)
     os.kill(wait_for(process, 5), signal.SIGKILL)
     assert "going on from" in finish(process)
     assert_equal(tmp_path / "restarted", whole)
 
 
-def test_a_process_that_hangs_is_given_up(tmp_path: Path) -> None:
-    process = start(tmp_path, "hangs", *LONG, "trainer.timeout_s=20")
-    os.kill(wait_for(process, 3), signal.SIGSTOP)
-    said = finish(process, 1)
-    assert "another process is gone or does not answer" in said and "step-0000002" in said
-
-
-@pytest.mark.parametrize("by", ["fsdp", "one"])
-def test_all_processes_stop_at_one_step_and_others_may_go_on(run: Callable[..., Run], tmp_path: Path, by: str) -> None:
-    """Only the second process gets the signal. Another strategy, or one process with the samples of both, goes on."""
+def test_all_processes_stop_at_one_step_and_others_may_go_on(run: Callable[..., Run], tmp_path: Path) -> None:
+    """Only the second process gets the signal. One process with the samples of both, or another strategy, goes on."""
     plain = [words for words in LONG if words not in LORA]
     process = start(tmp_path, "stopped", *plain)
     os.kill(wait_for(process, 3), signal.SIGTERM)
@@ -216,17 +200,19 @@ def test_all_processes_stop_at_one_step_and_others_may_go_on(run: Callable[..., 
     step = int(said.partition("stopped by SIGTERM at step ")[2].partition(",")[0])
     assert last_checkpoint(tmp_path / "stopped").name == f"step-{step:07d}"  # type: ignore[union-attr]
     uninterrupted = run("uninterrupted", *SMALL[1:], *plain[2:], "trainer.batch_size=8")
-    if by == "one":
-        resumed = run("stopped", *SMALL[1:], *plain[2:], "trainer.batch_size=8")
-        assert [s for s, _ in resumed.curve] == [s for s, _ in uninterrupted.curve]
-    else:
-        finish(start(tmp_path, "stopped", *plain, "trainer.strategy=fsdp"))
+    shutil.copytree(tmp_path / "stopped", tmp_path / "kept")
+    resumed = run("stopped", *SMALL[1:], *plain[2:], "trainer.batch_size=8")
+    assert [s for s, _ in resumed.curve] == [s for s, _ in uninterrupted.curve]
+    assert_close(tmp_path / "stopped", uninterrupted.folder)
+    shutil.rmtree(tmp_path / "stopped")
+    (tmp_path / "kept").rename(tmp_path / "stopped")
+    said_by(tasks(*train(tmp_path, "stopped"), *plain, "trainer.strategy=fsdp"))
     assert_close(tmp_path / "stopped", uninterrupted.folder)
 
 
 def test_divergence_in_one_process_stops_all_and_names_the_samples(tmp_path: Path) -> None:
     lr = "trainer.lr={vision: 1e9, connector: 1e9, language: 1e9}"
-    said = finish(start(tmp_path, "diverges", *TWO, lr, "trainer.clip=1e9", "trainer.epochs=20"), 1)
+    said = said_by(tasks(*train(tmp_path, "diverges"), *TWO, lr, "trainer.clip=1e9", "trainer.epochs=20"), 1)
     assert said.count("eyespot train: ") == 1, "one message for all"
     assert " at step " in said and "samples easy_vqa-train" in said
 

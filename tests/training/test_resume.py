@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,15 +11,10 @@ from safetensors.torch import load_file
 
 from eyespot.config import ConfigError
 from eyespot.training.run import Run
+from started import Started
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SCRIPT = """
-import sys
-from eyespot.training.run import compose_settings, train
-run = train(compose_settings(sys.argv[1:]))
-print("finished", run.finished)
-"""
 LORA = [
     "model.language.train=lora",
     "model.language.lora={r: 2, alpha: 4, targets: [q_proj, o_proj, up_proj, down_proj], dropout: 0.1}",
@@ -36,18 +29,14 @@ COMMON = ["recipe=smoke", "data.limit=40", "data.validation_share=0.2", "trainer
 COMMON += ["trainer.log_every=1", "trainer.epochs=3"]
 
 
-def start(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *COMMON, "name=killed", f"output_dir={folder}", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def kill_at(step: int, process: subprocess.Popen[str], number: int) -> int:
-    assert process.stderr is not None
+def kill_at(step: int, number: int, *words: str) -> int:
+    process = Started("train", *COMMON, *words)
     for line in process.stderr:
         if line.startswith(f"step {step}/"):
             process.send_signal(number)
             break
     process.communicate(timeout=300)
+    assert process.returncode is not None
     return process.returncode
 
 
@@ -65,8 +54,8 @@ def kill_at(step: int, process: subprocess.Popen[str], number: int) -> int:
 def test_killed_and_resumed_equals_uninterrupted(
     run: Callable[..., Run], tmp_path: Path, overrides: list[str], step: int, number: int
 ) -> None:
-    code = kill_at(step, start(tmp_path, overrides), number)
-    assert code == (-number if number == signal.SIGKILL else 0)
+    code = kill_at(step, number, "name=killed", f"output_dir={tmp_path}", *overrides)
+    assert code == (-number if number == signal.SIGKILL else 130)
     assert not (tmp_path / "killed" / "model").exists()
     assert bool(list((tmp_path / "killed").glob("checkpoints/step-*"))) == (step > 1)
     resumed, whole = run("killed", *COMMON, *overrides), run("whole", *COMMON, *overrides)

@@ -6,7 +6,6 @@ import csv
 import json
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from eyespot.config import TrainSettings, from_dict
 from eyespot.data.sources import load
 from eyespot.evaluation.pictures import Pictures, different, draw_grid, draw_patches, first_turn, patch_lengths
 from eyespot.training.run import Run, finished_run
+from started import interpreter
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -51,16 +51,11 @@ def command(folder: Path, flickr: Path) -> list[str]:
             "trainer.max_steps=8", "trainer.epochs=9", "trainer.validate_every=8"]  # fmt: skip
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    call = [sys.executable, "-W", "ignore", "-m", "eyespot", *words]
-    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.fixture(scope="module")
 def stopped_and_resumed(flickr: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run that was stopped after step 3 and then finished by the words it said; and those words."""
     folder = tmp_path_factory.mktemp("runs")
-    process = start(command(folder, flickr))
+    process = interpreter(*command(folder, flickr))
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step 3/8"):
@@ -69,7 +64,7 @@ def stopped_and_resumed(flickr: Path, tmp_path_factory: pytest.TempPathFactory) 
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 130
     assert not (folder / "b" / "model").exists() and not (folder / "b" / "loss.png").exists()
-    again = start(shlex.split(said.split("to go on: eyespot ")[1].splitlines()[0]))
+    again = interpreter(*shlex.split(said.split("to go on: eyespot ")[1].splitlines()[0]))
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     return folder / "b", said
@@ -85,7 +80,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_losses_are_the_same(
 ) -> None:
     folder, said = stopped_and_resumed
     assert said.startswith("stopped by SIGINT at step ") and "saved; to go on: eyespot train" in said
-    whole = start(command(tmp_path, flickr))
+    whole = interpreter(*command(tmp_path, flickr))
     whole.communicate(timeout=300)
     assert whole.returncode == 0
     resumed, uninterrupted = record(folder), record(tmp_path / "b")

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from eyespot.evaluation.retrieval import measure_retrieval
 from eyespot.inference import Assistant
 from eyespot.training.align_module import uniform
 from eyespot.training.run import Run, compose_settings, finished_run, train
+from started import Started
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -51,13 +50,6 @@ TALK = (
 )
 THREE = f"stages=[{JOINT}, {ALIGN}, {TALK}]"
 
-SCRIPT = """
-import sys
-from eyespot.evaluation.retrieval import measure_retrieval
-from eyespot.training.run import compose_settings, train
-run = train(compose_settings(sys.argv[1:]), measure=measure_retrieval)
-print("finished", run.finished, run.steps)
-"""
 Staged = Callable[..., Run]
 
 
@@ -197,9 +189,8 @@ def test_a_finished_run_is_found_and_not_run_again(whole: Run) -> None:
 # --- stopped anywhere --------------------------------------------------------------------------------------------
 
 
-def kill_at(line: str, command: list[str], number: int) -> int:
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+def kill_at(line: str, words: list[str], number: int) -> int | None:
+    process = Started("train", *words)
     for found in process.stderr:
         if found.startswith(line):
             process.send_signal(number)
@@ -219,9 +210,8 @@ def kill_at(line: str, command: list[str], number: int) -> int:
 def test_killed_and_resumed_equals_uninterrupted(
     staged: Staged, drawn: Path, tmp_path: Path, side: str, stage: int, step: int, number: int
 ) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *words(drawn, tmp_path, "killed", side)]
-    code = kill_at(f"step {step}/{stage + 2}", command, number)
-    assert code == (-number if number == signal.SIGKILL else 0)
+    code = kill_at(f"step {step}/{stage + 2}", words(drawn, tmp_path, "killed", side), number)
+    assert code == (-number if number == signal.SIGKILL else 130)
     finished = sorted(path.parent.name for path in (tmp_path / "killed" / "stages").glob("*/training.json"))
     assert finished == ["0-joint", "1-align", "2-talk"][: stage - 1]
     assert not (tmp_path / "killed" / "model").exists()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +26,7 @@ from eyespot.training import run as run_module
 from eyespot.training.callbacks import Reporter, looking_at
 from eyespot.training.run import Run, compose_settings, train
 from eyespot.training.watch import CALM_STEPS, Explosion, Lookout, Sight, interval, repeats
+from started import said_by, tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 COLORS = {"r": (220, 30, 30), "g": (30, 200, 30), "b": (30, 30, 220)}
@@ -185,15 +183,11 @@ def test_two_processes_look_once_and_see_the_same(
 ) -> None:
     common = [*squares, "trainer.epochs=1", "trainer.sight_every=2", "trainer.eps=1e-2", "data.share=1"]
     one = run("one", *common)
-    command = [sys.executable, "-W", "ignore", "-m", "eyespot", "train", "recipe=smoke", "name=two", *common]
-    command += [f"output_dir={tmp_path}", "trainer.devices=2", "trainer.batch_size=4", f"trainer.strategy={strategy}"]
-    command += ["evaluation.run=false", "trainer.device=cpu"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    two = ["recipe=smoke", "name=two", *common, f"output_dir={tmp_path}", "trainer.devices=2", "trainer.batch_size=4"]
+    two += [f"trainer.strategy={strategy}", "evaluation.run=false", "trainer.device=cpu"]
+    said = said_by(tasks("train", *two))
     looks = json.loads((tmp_path / "two" / "model" / "training.json").read_text())["looks"]
-    assert [done.stderr.count(f"step {step}: loss") for step in (2, 4, 5)] == [1, 1, 1]
+    assert [said.count(f"step {step}: loss") for step in (2, 4, 5)] == [1, 1, 1]
     assert len(looks) == 3
     for ours, theirs in zip(one.looks, looks, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5)

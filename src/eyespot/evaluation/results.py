@@ -15,6 +15,7 @@ import numpy as np
 from eyespot.evaluation.metrics import Difference
 
 REPORT_FILE = "report.json"
+METRICS_FILE = "metrics.json"
 PREDICTIONS_FILE = "predictions.jsonl"
 NUM_BINS = 10
 
@@ -149,11 +150,22 @@ class Evaluation:
         report["differences"] = {name: difference._asdict() for name, difference in self.differences.items()}
         return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
+    def metrics(self) -> dict[str, Any]:
+        """The few figures that are followed from one evaluation to the next, and the most frequent wrong answers if
+        there are any, as DVC shows and draws them."""
+        low, high = self.interval
+        controls = {name: score.accuracy for name, score in self.controls.items()}
+        above = {f"above_{name}": difference.difference for name, difference in self.differences.items()}
+        score = {self.measure: self.accuracy, "low": low, "high": high, "questions": self.num_questions}
+        wrong = {"confusions": [asdict(confusion) for confusion in self.confusions]} if self.confusions else {}
+        return {**score, **controls, **above, **wrong}
+
     def write(self, folder: str | Path) -> Path:
-        """Write report.json and predictions.jsonl, each whole or not at all; returns the path of report.json."""
+        """Write report.json, metrics.json and predictions.jsonl, each whole or not at all; returns the first's path."""
         folder = Path(folder)
         lines = [json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in self.predictions]
         write_atomically(folder / PREDICTIONS_FILE, "".join(lines))
+        write_atomically(folder / METRICS_FILE, json.dumps(self.metrics(), indent=2, allow_nan=False) + "\n")
         return write_atomically(folder / REPORT_FILE, self.to_json())
 
     @classmethod

@@ -142,16 +142,16 @@ def generalized_iou(one: Tensor, other: Tensor) -> Tensor:
 
 
 def iou(one: Tensor, other: Tensor) -> Tensor:
-    """float32 [O, 4], [O, 4] -> [O], in [0, 1]: of tensors what ``eyespot.data.boxes.iou`` is of two boxes."""
+    """float32 [..., 4], [..., 4] -> [...], in [0, 1]: of tensors what ``eyespot.data.boxes.iou`` is of two boxes."""
     shared, either = _shared_and_either(one, other)
     return shared / either.clamp(min=1e-9)
 
 
 def _shared_and_either(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas that both cover, and that at least one of them covers, float32 [O] each."""
-    shared = _area(torch.cat([torch.maximum(one, other)[:, :2], torch.minimum(one, other)[:, 2:]], dim=1))
+    """Areas that both cover, and that at least one of them covers, float32 [...] each."""
+    shared = _area(torch.cat([torch.maximum(one, other)[..., :2], torch.minimum(one, other)[..., 2:]], dim=-1))
     return shared, _area(one) + _area(other) - shared
 
 
 def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)

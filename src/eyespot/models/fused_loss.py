@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eyespot.models.head import head_product
+
 CHUNK_ELEMENTS = 2**25  # logits at once: 128 MiB in float32
 
 
@@ -39,8 +41,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             states, wanted = hidden[rows], targets[rows].unsqueeze(-1)
-            logits = states @ weight.t()
-            logits = (logits if bias is None else logits.add_(bias)).float()
+            logits = head_product(states, weight, bias).float()
             if scale != 1:
                 logits *= scale
             slope = None

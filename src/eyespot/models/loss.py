@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eyespot.models.fused_loss import fused_cross_entropy
+from eyespot.models.head import head_product
 
 IGNORE_INDEX = -100
 
@@ -22,7 +23,8 @@ def head_logits(language: PreTrainedModel, hidden: Tensor) -> Tensor:
     """
     head = language.get_output_embeddings()
     assert isinstance(head, nn.Module)
-    logits: Tensor = head(hidden.reshape(-1, hidden.shape[-1]))
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits: Tensor = head_product(rows, head.weight, head.bias) if type(head) is nn.Linear else head(rows)
     scale, cap = after_head(language)
     if scale != 1:
         logits = logits * scale

@@ -428,9 +428,13 @@ class Processor(ProcessorMixin):
 
     def decode_answer(self, tokens: Sequence[int]) -> str:
         """Tokens to text, without specials, outer space and placeholders."""
+        return self.decode_tokens(tokens).strip()
+
+    def decode_tokens(self, tokens: Sequence[int]) -> str:
+        """The same with its outer space, as a part of an answer needs it."""
         vocabulary = len(self.tokenizer)
         known = [token for token in tokens if token < vocabulary]
-        return str(self.tokenizer.decode(known, skip_special_tokens=True)).strip()
+        return str(self.tokenizer.decode(known, skip_special_tokens=True))
 
     @property
     def model_input_names(self) -> list[str]:

@@ -47,6 +47,8 @@ from eyespot.models.compiling import compile_layers
 from eyespot.models.parameters import parameter_table
 from eyespot.processing.tokenizers import bpe_tokenizer
 from eyespot.registry import AUGMENTATIONS, FILTERS, closest
+from eyespot.training.origin import origin
+from eyespot.training.tracking import check_trackers, loggers, open_trackers
 
 if TYPE_CHECKING:
     from eyespot.data.augmenter import Augmenter
@@ -188,6 +190,8 @@ def train(
     check_settings(settings)
     from eyespot.training.processes import check_processes, is_first_process, own_device
 
+    check_trackers(settings.logger)
+
     # decided now and recorded, so that a checkpoint's frozen parts are built the same way on another machine
     device = own_device(choose_device(settings.trainer.device))
     check_processes(settings.trainer, device)
@@ -226,6 +230,8 @@ def run_in(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS_FILE, to_dict(settings))
         report.write(folder)
+        for tracker in open_trackers(settings):
+            console.print(tracker.place, markup=False)
     if stage is not None:
         stage.check_data(train_samples)
     console.print(f"data: {len(train_samples)} training and {len(validation)} validation samples")
@@ -270,7 +276,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def comparable(earlier: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two runs' settings, less what may differ when one goes on with the other's checkpoint: how the samples of a step
-    are dealt out to devices, as long as there are as many, and how long one waits for data or for others."""
+    are dealt out to devices, as long as there are as many, how long one waits for data or for others, and where curves
+    go."""
 
     def samples_of_step(settings: dict[str, Any]) -> int:
         return math.prod(settings["trainer"].get(key, 1) for key in PLACEMENT)
@@ -279,6 +286,7 @@ def comparable(earlier: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, 
     free = {*WAITING, *(("strategy", *PLACEMENT) if same_step else ())}
     for settings in (earlier, now):
         settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in free}
+        settings.pop("logger", None)
     return earlier, now
 
 
@@ -608,7 +616,7 @@ def make_trainer(
     """Lightning's trainer, with nothing of its own: order, checkpoints and progress are ours."""
     import lightning
 
-    from eyespot.training.processes import cluster, strategy_of
+    from eyespot.training.processes import cluster, is_first_process, strategy_of
 
     return lightning.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
@@ -623,7 +631,7 @@ def make_trainer(
         limit_val_batches=1.0 if validates else 0,
         num_sanity_val_steps=0,
         callbacks=callbacks,
-        logger=_loggers(settings, folder),
+        logger=loggers(settings, folder, first_process=is_first_process()),
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -761,23 +769,13 @@ def untrained(settings: TrainSettings) -> Assistant:
 
 
 def save_whole(model: Any, processor: Any, folder: Path, record: dict[str, Any]) -> None:
-    """The final transformers folder, with the record of its training; it appears whole or not at all."""
+    """The final transformers folder, with the record of its training and where it was trained; it appears whole or not
+    at all."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     save(model, processor, partial)
-    write_json(partial / RECORD_FILE, record)
+    write_json(partial / RECORD_FILE, {**record, "origin": origin()})
     os.replace(partial, folder)
-
-
-def _loggers(settings: TrainSettings, folder: Path) -> Any:
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-
-    loggers: list[Any] = []
-    if settings.logger.csv:
-        loggers.append(CSVLogger(folder, name="logs", version="csv"))
-    if settings.logger.tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
-    return loggers
 
 
 def write_json(path: Path, values: Any) -> None:

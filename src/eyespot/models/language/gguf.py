@@ -34,14 +34,20 @@ def load_gguf(
     Raises:
         ValueError: the file is missing or not GGUF. ImportError: the package is not installed.
     """
+    folder = gguf_folder(source, cache_dir)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def gguf_folder(source: str = GEMMA_PACKAGE, cache_dir: str | None = None) -> Path:
+    """The transformers folder of a GGUF file, unpacked if it was not; see ``load_gguf``."""
     path = package_gguf() if source == GEMMA_PACKAGE else Path(source).expanduser()
     check_gguf(path)
     root = Path(cache_dir).expanduser() if cache_dir else default_cache() / "gguf"
     folder = root / f"{path.stem}-{sha256(path)[:16]}"
     if not folder.is_dir():
         make_folder(folder, lambda partial: unpack(path, partial))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(folder)
+    return folder
 
 
 def package_gguf() -> Path:

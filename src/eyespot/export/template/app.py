@@ -1,0 +1,3 @@
+from eyespot.export.space import show
+
+show(".")
