@@ -12,10 +12,12 @@ from eyespot.cli import main
 from eyespot.compose import build_from_settings
 from eyespot.config import ConfigError
 from eyespot.models.parameters import count_parameters
+from eyespot.plan import make, rehearsal
 from eyespot.plan.batches import PUBLISHED_DATA, Assumed, Reader, published, workload
 from eyespot.plan.devices import DEVICES, choose
 from eyespot.plan.machine import Machine, key_of, probe, time_call
 from eyespot.plan.make import Estimate, Plan, StagePlan, at, largest
+from eyespot.plan.rehearsal import fill, fits, rehearse
 from eyespot.plan.steps import Step, Tracer, packed_memory, stages_of
 from eyespot.plan.trace import Call, Memory, Spec
 from eyespot.training.run import compose_settings
@@ -205,10 +207,83 @@ def test_an_operation_that_wants_certain_numbers_is_not_timed() -> None:
     assert (time_call(add, torch.device("cpu")) or 0) > 0
 
 
+# --- rehearsals --------------------------------------------------------------------------------------------------
+
+
+def test_made_up_numbers_fill_a_model_and_ties_stay() -> None:
+    [stage] = stages_of(compose_settings(TINY))
+    parts = Tracer(ASSUMED).empty_parts(stage, False)
+    tied = parts.model.get_output_embeddings().weight is parts.model.get_input_embeddings().weight
+    number = sum(p.numel() for p in parts.model.parameters())
+    assert all(p.is_meta for p in parts.model.parameters())
+    fill(parts, torch.device("cpu"))
+    for tensor in (*parts.model.parameters(), *parts.model.buffers()):
+        assert not tensor.is_meta and bool(torch.isfinite(tensor).all())
+    assert (parts.model.get_output_embeddings().weight is parts.model.get_input_embeddings().weight) == tied
+    assert sum(p.numel() for p in parts.model.parameters()) == number
+    assert any(p.std() > 0.01 for p in parts.model.parameters())
+
+
+@pytest.mark.parametrize("overrides", [[], ["trainer.accumulate=2", "model.vision.train=frozen"]])
+def test_a_rehearsal_takes_the_steps_of_the_run(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every micro-batch once, the first step once more: each changes the weights that learn, and is counted."""
+    [stage] = stages_of(compose_settings([*TINY, *overrides]))
+    tracer = Tracer()
+    step, parts = tracer.step(stage, False), tracer.empty_parts(stage, False)
+    fill(parts, torch.device("cpu"))
+    before = {name: p.clone() for name, p in parts.model.named_parameters()}
+    clock = iter(range(10_000))
+    monkeypatch.setattr(rehearsal, "_now", lambda device: float(next(clock)))
+    assert fits(step, torch.device("cpu"))
+    found = rehearse(parts, stage, step, False, torch.device("cpu"), 1e6)
+    accumulate = stage.settings.trainer.accumulate
+    samples = sum(batch.samples for batch in step.work.batches)
+    assert found == pytest.approx(-(-len(step.work.batches) // accumulate) / samples)  # the clock ticks once a step
+    for name, parameter in parts.model.named_parameters():
+        frozen = not parameter.requires_grad
+        assert frozen == (name.startswith("vision.") and bool(overrides))
+        assert torch.equal(parameter, before[name]) or not frozen
+    moved = [n for n, p in parts.model.named_parameters() if not torch.equal(p, before[n])]
+    assert {name.split(".")[0] for name in moved} == {"vision", "connector", "language"} - (
+        {"vision"} if overrides else set()
+    )
+
+
+def test_a_rehearsal_scales_what_is_said_about_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = compose_settings([*TINY, "data.cache_features=false", "model.vision.train=frozen"])
+    for each in (0.5, 2.0):
+        monkeypatch.setattr(make, "rehearse", lambda *given, each=each: each)
+        plan = make.make_plan(settings, ["here", "H100"], seconds=0.2)
+        here, rented = plan.stages[0].estimates
+        assert here.samples_per_s == pytest.approx(1 / each, rel=0.05) and rented.samples_per_s > 100
+        assert plan.stages[0].switches[0].samples_per_s == pytest.approx(1 / each, rel=0.05)
+        monkeypatch.setattr(make, "rehearse_encoding", lambda *given: 36.0)
+        monkeypatch.setattr(settings.data, "cache_features", True)
+        kept = make.make_plan(settings, seconds=0.2, switches=False).stages[0]
+        pictures = kept.samples / kept.estimates[0].samples_per_s / 3600 + kept.pictures / 100
+        assert kept.estimates[0].hours == pytest.approx(pictures)
+        monkeypatch.setattr(settings.data, "cache_features", False)
+    monkeypatch.setattr(make, "fits", lambda *given: False)
+    assert make.make_plan(settings, seconds=0.2, switches=False).stages[0].estimates[0].samples_per_s > 10
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_processes_on_one_processor_share_it(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own batch, and takes as many times as long."""
+    monkeypatch.setattr(make, "probe", lambda *given: Machine("m", 2, 8.0))
+    monkeypatch.setattr(make, "loading_seconds", lambda *given, **named: 1.0)
+    settings = compose_settings([*TINY, f"trainer.devices={devices}"])
+    stage = make.make_plan(settings, seconds=0.0, switches=False).stages[0]
+    assert stage.estimates[0].samples_per_s == pytest.approx(1.0)
+
+
 # --- the verb, and after a run -----------------------------------------------------------------------------------
 
 
-def test_the_verb_and_what_a_run_says_at_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_and_what_a_run_says_at_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "has_fast_bfloat16", lambda device: False)
     words = [*TINY, "evaluation.run=false", "evaluation.pictures=0", f"output_dir={tmp_path}", "trainer.max_steps=2"]
     words.append("trainer.precision=auto")
     file = tmp_path / "plan.json"

@@ -22,7 +22,7 @@ from eyespot.plan.skeleton import Skeleton
 from eyespot.processing.processor import IGNORE_INDEX, Encoded
 from eyespot.training.run import load_data, make_augmenter, make_collator
 
-LOOKED_AT = 8  # micro-batches whose sizes are averaged
+LOOKED_AT = 12  # steps whose micro-batches are looked at
 LOADED = 16  # units of samples whose loading is timed
 Batch = dict[str, Tensor]
 
@@ -167,7 +167,7 @@ def _read(
     collate, batches = data.collator.whole(), []
     for visits in itertools.islice(data.sampler, min(LOOKED_AT, steps)):
         units = [data.train_units[place] for place in visits]
-        share = -(-len(units) // settings.trainer.accumulate)
+        share = max(1, -(-len(units) // settings.trainer.accumulate))  # a process may have nothing left
         windows = [collate(units[start : start + share]) for start in range(0, len(units), share)]
         batches += [MicroBatch(window.batches[0], len(window.ids)) for window in windows if window.batches]
     if not batches:

@@ -13,6 +13,7 @@ from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.plan.batches import Assumed, loading_seconds
 from eyespot.plan.devices import HERE, Device, choose
 from eyespot.plan.machine import PROBE_S, Machine, probe
+from eyespot.plan.rehearsal import fill, fits, rehearse, rehearse_encoding
 from eyespot.plan.skeleton import decided
 from eyespot.plan.steps import ENCODED_AT_ONCE, Stage, Step, Tracer, runs_bf16, stages_of
 from eyespot.plan.switches import variations
@@ -141,6 +142,15 @@ def make_plan(
     return Plan(settings.name, stages, left_out, machine, [asdict(device) for device in chosen if device is not None])
 
 
+@dataclass(frozen=True)
+class Real:
+    """What rehearsals of a stage say. share: of the seconds that its operations take alone, seconds that a real step
+    takes. encoding_s: of a picture whose features are kept; None if that was not rehearsed."""
+
+    share: float = 1.0
+    encoding_s: float | None = None
+
+
 class _Planner:
     def __init__(
         self, settings: TrainSettings, devices: list[Device | None], tracer: Tracer, seconds: float, fresh: bool
@@ -148,6 +158,7 @@ class _Planner:
         self.settings, self.devices, self.tracer = settings, devices, tracer
         self.seconds, self.fresh = seconds, fresh
         self.machine: Machine | None = None
+        self.real: dict[str, Real] = {}  # by stage
         here = choose_device(settings.trainer.device) if None in devices else torch.device("cpu")
         self.fast_here = has_fast_bfloat16(here)
 
@@ -210,7 +221,7 @@ class _Planner:
     def estimate(self, stage: Stage, device: Device | None, step: Step, curve: dict[int, float]) -> Estimate:
         trainer = stage.settings.trainer
         rate = self.rate(stage, device, step)
-        hours = step.work.num_samples / rate / 3600 + self.encoding_hours(device, step)
+        hours = step.work.num_samples / rate / 3600 + self.encoding_hours(stage, device, step)
         if device is None:
             assert self.machine is not None
             shared_by = trainer.devices if choose_device(trainer.device).type == "cpu" else 1
@@ -227,25 +238,45 @@ class _Planner:
         trainer = stage.settings.trainer
         if device is not None:
             seconds = device.step_seconds(step.calls, step.num_ops, step.trainable)
-        else:
-            calls = [*step.calls, *(step.encoding.calls if step.encoding is not None else [])]
-            self.machine = probe(calls, trainer.device, self.seconds, self.fresh)
-            self.fresh = False
-            seconds = self.machine.step_seconds(step.calls, step.num_ops, step.trainable)
-            loading = step.samples * self.loading(stage, step)
-            workers = num_workers_of(trainer, choose_device(trainer.device))
-            seconds = max(seconds, loading / workers) if workers else seconds + loading
-        return step.samples * trainer.devices * trainer.num_nodes / seconds
+            return step.samples * trainer.devices * trainer.num_nodes / seconds
+        here = choose_device(trainer.device)
+        calls = [*step.calls, *(step.encoding.calls if step.encoding is not None else [])]
+        self.machine = probe(calls, trainer.device, self.seconds, self.fresh)
+        self.fresh = False
+        seconds = self.machine.step_seconds(step.calls, step.num_ops, step.trainable)
+        if self.seconds > 0:
+            self.real[stage.name] = self.rehearsed(stage, step, seconds, here)
+        seconds *= self.real.get(stage.name, Real()).share
+        loading = step.samples * self.loading(stage, step)
+        workers = num_workers_of(trainer, here)
+        seconds = max(seconds, loading / workers) if workers else seconds + loading
+        shared_by = trainer.devices if here.type == "cpu" else 1  # processes on the same cores
+        return step.samples * trainer.devices * trainer.num_nodes / seconds / shared_by
+
+    def rehearsed(self, stage: Stage, step: Step, seconds: float, here: torch.device) -> Real:
+        """A few real steps, where they fit and one does not take longer than all of them may."""
+        if seconds > self.seconds or not fits(step, here):
+            return Real()
+        parts = self.tracer.empty_parts(stage, self.fast_here)
+        fill(parts, here)
+        bf16 = runs_bf16(stage.settings.trainer, self.fast_here)
+        share = rehearse(parts, stage, step, bf16, here, self.seconds) * step.samples / seconds
+        if step.encoding is None:
+            return Real(share)
+        return Real(share, rehearse_encoding(parts, here, ENCODED_AT_ONCE, bf16))
 
     def loading(self, stage: Stage, step: Step) -> float:
         """Seconds to read a sample here; 0 where the data is not here."""
         parts, _ = self.tracer.parts(stage, self.fast_here)
         return loading_seconds(stage.settings, stage.kind, parts, self.tracer.reader, opens=step.encoding is None)
 
-    def encoding_hours(self, device: Device | None, step: Step) -> float:
+    def encoding_hours(self, stage: Stage, device: Device | None, step: Step) -> float:
         """For the features of all pictures, if they are computed beforehand."""
         if step.encoding is None:
             return 0.0
+        real = self.real.get(stage.name, Real()).encoding_s
+        if device is None and real is not None:
+            return real * step.work.num_pictures / 3600
         place = device or self.machine
         assert place is not None
         batch = place.step_seconds(step.encoding.calls, step.encoding.num_ops, 0)

@@ -20,7 +20,7 @@ from eyespot.config import (
     to_dict,
 )
 from eyespot.models.parameters import ParameterRow, count_parameters
-from eyespot.models.vlm import VLM
+from eyespot.models.vlm import PARTS, VLM
 from eyespot.plan.batches import Assumed, Batch, MicroBatch, Reader, Workload, workload
 from eyespot.plan.skeleton import Skeleton, skeleton
 from eyespot.plan.trace import Call, Memory, Trace, as_fake, trace_encoding, trace_inference, trace_training
@@ -164,19 +164,27 @@ class Tracer:
         model, trainer = stage.settings.model, stage.settings.trainer
         key = f"{model} {fast_bfloat16} {trainer.gradient_checkpointing}"
         if key not in self._parts:
-            own = self.reader.samples(stage.settings.data, trainer.seed) if learns_words(stage) else None
-            parts = skeleton(with_tokenizer(model, own[0]) if own is not None else model, fast_bfloat16)
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            parts, mode = self._skeleton(stage, fast_bfloat16), FakeTensorMode(allow_non_fake_inputs=True)
             as_fake(parts.model, mode)
-            if trainer.gradient_checkpointing:
-                # transformers 5.23 renamed it
-                getattr(parts.model, "activation_checkpointing_enable", parts.model.gradient_checkpointing_enable)()
             self._parts[key] = parts, mode
         parts, mode = self._parts[key]
-        frozen = dict.fromkeys(("vision", "connector", "language", "alignment", "detection"), "frozen")
-        parts.model.set_trainable(**{**frozen, **stage.train})
-        parts.model.train()
+        _set_up(parts.model, stage)
         return parts, mode
+
+    def empty_parts(self, stage: Stage, fast_bfloat16: bool) -> Skeleton:
+        """The same on the meta device, of its own."""
+        parts = self._skeleton(stage, fast_bfloat16)
+        _set_up(parts.model, stage)
+        return parts
+
+    def _skeleton(self, stage: Stage, fast_bfloat16: bool) -> Skeleton:
+        model, trainer = stage.settings.model, stage.settings.trainer
+        own = self.reader.samples(stage.settings.data, trainer.seed) if learns_words(stage) else None
+        parts = skeleton(with_tokenizer(model, own[0]) if own is not None else model, fast_bfloat16)
+        if trainer.gradient_checkpointing:
+            # transformers 5.23 renamed it
+            getattr(parts.model, "activation_checkpointing_enable", parts.model.gradient_checkpointing_enable)()
+        return parts
 
     def _trace(self, stage: Stage, batch: MicroBatch, fast_bfloat16: bool, caches: bool) -> Trace:
         parts, mode = self.parts(stage, fast_bfloat16)
@@ -196,6 +204,13 @@ def learns_words(stage: Stage) -> bool:
 def runs_bf16(trainer: TrainerSettings, fast_bfloat16: bool) -> bool:
     """Whether matrix products are in bfloat16 over float32 weights; see ``eyespot.training.run.precision_of``."""
     return fast_bfloat16 if trainer.precision == "auto" else trainer.precision == "bf16"
+
+
+def _set_up(model: VLM, stage: Stage) -> None:
+    """What learns set trainable, in training mode."""
+    frozen = dict.fromkeys(PARTS, "frozen")
+    model.set_trainable(**{**frozen, **stage.train})
+    model.train()
 
 
 def keeps_features(settings: TrainSettings, model: VLM, work: Workload) -> bool:

@@ -287,22 +287,30 @@ def _touched(tensor: Tensor) -> int:
 
 
 def as_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake tensors, which believe to be on a CPU, in the place of a model's tensors; tied ones stay tied."""
-    seen: dict[Tensor, Tensor] = {}
+    """Put fake tensors, which believe to be on a CPU, in the place of a model's tensors."""
 
     def faked(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+    with_tensors(model, faked)
+
+
+def with_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Put other tensors in the place of a model's tensors, all but fake ones; tied ones stay tied."""
+    seen: dict[Tensor, Tensor] = {}
+
+    def made(tensor: Tensor) -> Tensor:
         if tensor not in seen:
-            with mode:
-                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
             is_parameter = isinstance(tensor, nn.Parameter)
-            seen[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            seen[tensor] = nn.Parameter(make(tensor), tensor.requires_grad) if is_parameter else make(tensor)
         return seen[tensor]
 
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and not isinstance(tensor, FakeTensor):
-                    tensors[name] = faked(tensor)  # type: ignore[assignment]
+                    tensors[name] = made(tensor)  # type: ignore[assignment]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
