@@ -405,6 +405,18 @@ def test_five_tokens_of_a_kept_cell_have_one_place() -> None:
     assert found is not None and sorted(found.flatten().tolist()) == [0, 0, 0 + 1 + 2 + 3 + 4, 5 + 6 + 7 + 8 + 9]
 
 
+def test_a_name_that_is_said_twice_counts_for_its_cell_twice() -> None:
+    settings = {"name": "conv", "conv_dim": 16, "keep": 2, "boxes": True, "from_left": True}
+    model = make_vlm(connector=settings, num_image_tokens=12)
+    features = torch.randn(1, NUM_PATCHES, 24, generator=torch.Generator().manual_seed(0))
+    cells: Any = model.connector
+    first, second = cells.cells_of_tokens(features)[0, 10:].tolist()
+    values = torch.zeros(1, 12)
+    values[0, 10], values[0, 11] = 1.0, 2.0
+    found = on_tokens(model, features, values)
+    assert found is not None and found.flatten()[first] == 1 and found.flatten()[second] == 2 and found.sum() == 3
+
+
 def test_queries_have_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"num_queries": 2, "depth": 1, "heads": 2, "head_dim": 8}
     assistant = build({"name": "perceiver", "args": sizes})

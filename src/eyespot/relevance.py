@@ -276,10 +276,9 @@ def on_tokens(model: VLM, image_features: Tensor, values: Tensor) -> Tensor | No
         return None
     values = values[:, _num_prefix(model) :]
     if getattr(connector, "keep", None) is not None:
-        scores = connector.all_cells(model.connector_inputs(image_features)).scores  # [1, cells]
-        kept = scores[0].topk(connector.keep).indices.sort().values
-        values = values.unflatten(1, (connector.keep, -1)).sum(-1)  # a cell may be several tokens
-        values = values.new_zeros(len(values), scores.shape[1]).index_copy_(1, kept, values)
+        inputs = model.connector_inputs(image_features)  # [1, P, E]
+        cells = connector.cells_of_tokens(inputs)[0]  # a cell may be several tokens
+        values = values.new_zeros(len(values), inputs.shape[1]).index_add_(1, cells, values)
     return _as_grid(values)
 
 

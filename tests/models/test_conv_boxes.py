@@ -137,11 +137,44 @@ def test_names_are_said_once_more_from_left_to_right() -> None:
     torch.testing.assert_close(tokens[:, :30], expected, rtol=0, atol=0)
     assert cells.boxes is not None
     kept, _ = distinct(cells, 6)
-    for said, again, chosen, boxes in zip(expected.unflatten(1, (6, 5)), tokens[:, 30:], kept, cells.boxes, strict=True):
+    for said, again, chosen, boxes in zip(
+        expected.unflatten(1, (6, 5)), tokens[:, 30:], kept, cells.boxes, strict=True
+    ):
         middles = [(boxes[cell, 0] + boxes[cell, 2]).item() for cell in chosen]
         order = sorted(range(6), key=middles.__getitem__)
         assert order != list(range(6))
         torch.testing.assert_close(again, said[order, 0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("from_left", [False, True])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_every_token_knows_its_cell(numbers: bool, from_left: bool) -> None:
+    """Names and edges tell which cell they are from; cells that repeat a better one are not among them."""
+    made = connector(keep=6, numbers=numbers)
+    made.from_left = from_left
+    with torch.no_grad():
+        assert made.score is not None
+        made.score.bias += 100
+        made.project.layers[-1].weight.zero_()  # one name, so that boxes decide what is a repeat
+        made.project.layers[-1].bias.copy_(torch.randn(WIDTH, generator=torch.Generator().manual_seed(3)))
+        tokens, cells, found = made(features()), made.all_cells(features()), made.cells_of_tokens(features())
+    assert found.shape == tokens.shape[:2] == (3, made.num_tokens(16))
+    assert cells.scores is not None and cells.boxes is not None
+    per_cell = 5 + numbers
+    best = cells.scores.topk(6, dim=1).indices.sort(dim=1).values
+    assert not torch.equal(found[:, : 6 * per_cell : per_cell], best)
+    edges = made._spoken(cells.boxes * 10 - 0.5)  # [N, P, 4, D]
+    kept, new = distinct(cells, 6)
+    for picture in range(3):
+        told = found[picture, : 6 * per_cell].view(6, per_cell)
+        assert told.tolist() == [[cell] * per_cell for cell in kept[picture].tolist()]
+        for row, cell in enumerate(kept[picture].tolist()):
+            if new[picture, row]:
+                last = tokens[picture, (row + 1) * per_cell - 1]
+                torch.testing.assert_close(last, edges[picture, cell, 3])
+        again = found[picture, 6 * per_cell :].tolist()
+        middles = [(cells.boxes[picture, cell, 0] + cells.boxes[picture, cell, 2]).item() for cell in again]
+        assert middles == sorted(middles) and sorted(again) == (sorted(kept[picture].tolist()) if from_left else [])
 
 
 def test_boxes_of_a_new_model_lie_around_their_cells() -> None:

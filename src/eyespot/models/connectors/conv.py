@@ -119,10 +119,13 @@ class ConvConnector(nn.Module):
         if self.edges is not None:
             return self._told(self.all_cells(features))
         cells = self._cells(features)
-        assert self.score is not None
-        kept = self.score(cells).squeeze(-1).topk(self.keep, dim=1).indices.sort(dim=1).values  # [N, K]
-        tokens: Tensor = self.project(_chosen(cells, kept))
+        tokens: Tensor = self.project(_chosen(cells, self._best(cells)))
         return tokens
+
+    def _best(self, cells: Tensor) -> Tensor:
+        """Those that score highest, in the order of the grid: float [N, P, conv_dim] -> int64 [N, K]."""
+        assert self.score is not None and self.keep is not None
+        return self.score(cells).squeeze(-1).topk(self.keep, dim=1).indices.sort(dim=1).values  # type: ignore[no-any-return]
 
     def _told(self, cells: Cells) -> Tensor:
         """What the kept cells say, float [N, 5 to 7 K, D]."""
@@ -139,8 +142,22 @@ class ConvConnector(nn.Module):
         told = share * torch.cat(said, dim=2) + (1 - share) * self.blank  # [N, K, 5 or 6, D]
         if not self.from_left:
             return told.flatten(1, 2)
-        order = (boxes[..., 0] + boxes[..., 2]).argsort(dim=1)
-        return torch.cat([told.flatten(1, 2), _chosen(told[:, :, 0], order)], dim=1)
+        return torch.cat([told.flatten(1, 2), _chosen(told[:, :, 0], _across(boxes))], dim=1)
+
+    @torch.no_grad()
+    def cells_of_tokens(self, features: Tensor) -> Tensor:
+        """Of which cell each token tells: float [N, P, E] -> int64 [N, K]."""
+        if self.keep is None:
+            return torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
+        if self.edges is None:
+            return self._best(self._cells(features))
+        cells = self.all_cells(features)
+        assert cells.boxes is not None
+        kept, _ = distinct(cells, self.keep)
+        told = kept.repeat_interleave(5 + self.numbers, dim=1)
+        if not self.from_left:
+            return told
+        return torch.cat([told, kept.gather(1, _across(_chosen(cells.boxes, kept)))], dim=1)
 
     def all_cells(self, features: Tensor) -> Cells:
         """float [N, P, E] -> what every cell would be."""
@@ -185,6 +202,11 @@ class ConvConnector(nn.Module):
         if self.keep is not None and self.keep > num_patches:
             raise ValueError(f"conv keep is {self.keep}, but there are {num_patches} cells; lower it")
         return (self.keep or num_patches) * (1 if self.edges is None else 5 + self.numbers + self.from_left)
+
+
+def _across(boxes: Tensor) -> Tensor:
+    """Boxes from left to right, by their middles: float [N, K, 4] -> int64 [N, K]."""
+    return (boxes[..., 0] + boxes[..., 2]).argsort(dim=1)
 
 
 def _chosen(cells: Tensor, kept: Tensor) -> Tensor:
