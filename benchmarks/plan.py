@@ -9,9 +9,10 @@ is compared with see the same machine. The run is `eyespot.training.run.train`, 
 initialises everything.
 
 - Parameters: of the model that was built. FLOPs: torch's FlopCounterMode around whole training steps.
-- Memory: the highest resident size between the beginning of training and its sixth step (VmHWM, reset at the
-  beginning), less the resident size before the model was built. Freed memory is given back to the system
-  (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), so that what is resident is what is used.
+- Memory: the bytes of the weights, and what the resident size rises by from the beginning of training to its highest
+  (VmHWM, reset at the beginning) until the sixth step. So tokenizer, samples and libraries do not count, and compiled
+  kernels do. Freed memory is given back to the system (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), so that what is
+  resident is what is used.
 - Time: the median of the run's own samples_per_s, each over four steps, the first four left out.
 """
 
@@ -77,13 +78,14 @@ class Watch:
     """What a run does between the beginning of a training and its end; one entry for each stage."""
 
     def __init__(self, mode: str) -> None:
-        self.mode, self.peak = mode, 0.0
+        self.mode, self.peak, self.start = mode, 0.0, 0.0
         self.stages: list[dict[str, Any]] = []
         self.flops: list[float] = []
         self.samples: list[int] = []
 
     def attach(self) -> None:
         """Around the steps of whatever is trained in this process from now on."""
+        from eyespot.plan.trace import bytes_of
         from eyespot.training.callbacks import Reporter
         from eyespot.training.module import VLMModule
 
@@ -108,6 +110,7 @@ class Watch:
             watch.flops, watch.samples = [], []
             give_back()
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            watch.start = resident() - bytes_of((*module.model.parameters(), *module.model.buffers()))
             start(reporter, trainer, module)
 
         def on_train_end(reporter: Any, trainer: Any, module: Any) -> None:
@@ -115,7 +118,7 @@ class Watch:
             parameters = list(module.model.parameters())
             watch.stages.append(
                 {
-                    "peak": watch.peak,
+                    "bytes": watch.peak - watch.start,
                     "flops": sum(watch.flops) / max(1, sum(watch.samples)),
                     "folder": trainer.default_root_dir,
                     "parameters": sum(p.numel() for p in parameters),
@@ -143,7 +146,7 @@ def one(case: str, mode: str) -> list[dict[str, Any]]:
     from rich.console import Console
 
     from eyespot.plan import make_plan
-    from eyespot.training.run import compose_settings, load_data, train
+    from eyespot.training.run import compose_settings, train
 
     warnings.filterwarnings("ignore")
     console = Console(quiet=True)
@@ -153,31 +156,27 @@ def one(case: str, mode: str) -> list[dict[str, Any]]:
         settings = compose_settings(with_steps([*CASES[case], *quiet], NUM_STEPS[mode]))
         seconds = 10.0 if mode == "time" else 0.0
         plan = make_plan(settings, ["here"], seconds=seconds, fresh=mode == "time", switches=False)
-        kept = None if settings.stages else load_data(settings.data, settings.trainer.seed)
-        give_back()
-        before = resident()
-        del kept
         watch = Watch(mode)
         watch.attach()
         train(settings, console=console)
         names = [f"{case}, {stage.name}" for stage in plan.stages] if settings.stages else [case]
         described = described_time if mode == "time" else described_counts
         found = zip(names, plan.stages, watch.stages, strict=True)
-        return [{"case": name, **described(stage, measured, before)} for name, stage, measured in found]
+        return [{"case": name, **described(stage, measured)} for name, stage, measured in found]
 
 
-def described_counts(stage: Any, measured: dict[str, Any], before: float) -> dict[str, Any]:
+def described_counts(stage: Any, measured: dict[str, Any]) -> dict[str, Any]:
     total, trainable = stage.parameters["model"]
     gflop = sum(value for place, value in stage.profiles[0].gflop.items() if "once" not in place)
     return {
         "parameters": pair(total, measured["parameters"]),
         "trainable": pair(trainable, measured["trainable"]),
         "gflop_per_sample": pair(gflop, measured["flops"] / 1e9),
-        "memory_gb": pair(stage.profiles[0].memory["total"] / 1e9, (measured["peak"] - before) / 1e9),
+        "memory_gb": pair(stage.profiles[0].memory["total"] / 1e9, measured["bytes"] / 1e9),
     }
 
 
-def described_time(stage: Any, measured: dict[str, Any], before: float) -> dict[str, Any]:
+def described_time(stage: Any, measured: dict[str, Any]) -> dict[str, Any]:
     with (Path(measured["folder"]) / "logs" / "csv" / "metrics.csv").open(encoding="utf-8") as file:
         rates = [float(line["samples_per_s"]) for line in csv.DictReader(file) if line.get("samples_per_s")]
     return {"samples_per_s": pair(stage.estimates[0].samples_per_s, statistics.median(rates[WARM_UP:]))}
