@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import CLIPImageProcessorPil
 
+from eyespot.devices import BFLOAT16
 from eyespot.models.vlm import VLM
 from tiny import IMAGE_SIZE, LANGUAGES, make_vlm, save_language, vision_encoder, write_gguf
+
+os.environ[BFLOAT16] = "0"  # the same numbers on every processor; tests of bfloat16 ask for it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import eyespot
-from eyespot.devices import choose_device, has_fast_bfloat16
+from eyespot.devices import BFLOAT16, choose_device, has_fast_bfloat16
 from eyespot.inference import Assistant, user_turn
 
 VISION = {"name": "vit", "args": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1,
@@ -170,10 +170,17 @@ def test_load_keeps_answers_and_checks_devices(assistant: Assistant, tmp_path: P
     assert eyespot.load(tmp_path / "m", device="cpu", dtype="bfloat16").model.compute_dtype == torch.bfloat16
 
 
-def test_devices() -> None:
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
     assert has_fast_bfloat16(torch.device("mps")) is False
+    for said in (True, False):
+        monkeypatch.setenv(BFLOAT16, f"{said:d}")
+        assert has_fast_bfloat16(torch.device("cpu")) is said
+    monkeypatch.setenv(BFLOAT16, "yes")
+    with pytest.raises(ValueError, match="EYESPOT_CPU_BFLOAT16 is 'yes'; set it to 0 or 1, or not at all"):
+        has_fast_bfloat16(torch.device("cpu"))
+    monkeypatch.delenv(BFLOAT16)
     assert has_fast_bfloat16(torch.device("cpu")) in (True, False)
 
 

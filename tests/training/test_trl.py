@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import eyespot
 from eyespot.compose import load_parts
 from eyespot.config import ConfigError
+from eyespot.devices import BFLOAT16
 from eyespot.inference import user_turn
 from eyespot.training.preference import read_preferences, run_preference
 from tiny import close, save_language
@@ -216,6 +217,16 @@ def test_preferred_answers_become_likelier(
     assert all(("lora_" in name) if kind == "adapters" else name.startswith("language.") for name in changed)
     assert log_ratio(tmp_path / "out", preferences) > log_ratio(model, preferences) + 1
     assert json.loads((tmp_path / "out" / "training.json").read_text())["preference"]["margins"] == result.margins
+
+
+def test_in_bfloat16_too_and_nothing_stays_switched_on(
+    folder: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate leaves autocast on where a model's forward pass runs inside another of its own."""
+    monkeypatch.setenv(BFLOAT16, "1")
+    result = run_preference(folder, preferences, tmp_path / "out", max_steps=3, batch_size=4, lr=1e-3, device="cpu")
+    assert result.losses[0] == pytest.approx(math.log(2), abs=0.02) and result.margins[-1] > 0.01
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def log_ratio(folder: Path, preferences: Path) -> float:

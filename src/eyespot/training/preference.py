@@ -184,7 +184,8 @@ def run_preference(
             data_collator=PreferenceCollator(assistant, max_length),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with torch.autocast(chosen_device.type, enabled=False):  # accelerate may leave it on behind it
+            trainer.train()
     steps = [row for row in trainer.state.log_history if "rewards/margins" in row]
     result = Preference(Path(out), [row["loss"] for row in steps], [row["rewards/margins"] for row in steps])
     _save(policy, processor, result, Path(model), {"data": str(data), "lr": lr, "beta": beta, "seed": seed})
