@@ -179,7 +179,7 @@ def test_logits_pixels_and_words(tmp_path: Path, tied: bool, skip: str) -> None:
     assert ours["input_ids"].tolist() == [[260] * 4 + ids]
 
     wanted = source(pixels, torch.tensor([ids]))
-    close(assistant.model(**ours).logits[..., :260], wanted)
+    close(assistant.model(**ours).logits[..., :260], wanted, 3e-5)  # AMD's kernels sum in another order than Intel's
     assert wanted.std() > 0.1
 
     said: list[int] = []

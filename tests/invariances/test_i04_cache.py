@@ -60,7 +60,8 @@ def test_logits_of_cached_steps(vlm: VLM) -> None:
             use_cache=True,
         )
         found.append(step.logits[:, -1])
-    close(torch.stack(found, dim=1), whole[:, batch["input_ids"].shape[1] - 1 :])
+    # one row at a time and all at once are other kernels; on an AMD processor they differ by 1.4e-5
+    close(torch.stack(found, dim=1), whole[:, batch["input_ids"].shape[1] - 1 :], 3e-5)
 
 
 @torch.no_grad()
