@@ -131,6 +131,20 @@ def test_the_core_works_without_the_optional_packages() -> None:
     python(BLOCK + ASK)
 
 
+def test_the_server_needs_no_package_of_training() -> None:
+    """As in an image that has the extra `serve` alone."""
+    for name in (own := ("fastapi", "uvicorn", "prometheus_client", "gradio")):
+        pytest.importorskip(name)
+    blocked = [name for name in OPTIONAL if name not in (*own, "pandas")]  # pandas comes with gradio
+    python(
+        f"import sys, warnings\nsys.modules.update(dict.fromkeys({blocked!r}))\nwarnings.simplefilter('ignore')\n"
+        "import importlib, pkgutil, eyespot.serving\n"
+        "names = [module.name for module in pkgutil.iter_modules(eyespot.serving.__path__)]\n"
+        "assert {'server', 'page', 'drawing'} <= set(names)\n"
+        "for name in names: importlib.import_module(f'eyespot.serving.{name}')"
+    )
+
+
 @pytest.mark.parametrize("name", ["hydra", "lightning", "numpy"])
 def test_the_block_is_real(name: str) -> None:
     python(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.text import Text
@@ -19,7 +18,7 @@ from eyespot.data.collate import Collator
 from eyespot.data.datamodule import Units
 from eyespot.data.sample import Sample
 from eyespot.models.parameters import parameter_table
-from eyespot.models.vlm import VLM
+from eyespot.models.stages import shape_text, stages
 from eyespot.processing.images import open_image
 from eyespot.processing.processor import IGNORE_INDEX, Encoded, Processor
 from eyespot.training.run import compose_settings, load_data, make_augmenter, with_tokenizer
@@ -75,7 +74,7 @@ def show_batch(settings: TrainSettings, count: int, out: Path | None) -> None:
     window = collator(chosen)
     batch = window.batches[0]
     for name, tensor in batch.items():
-        console.print(f"{name:18} {_shape(tensor)}", markup=False)
+        console.print(f"{name:18} {shape_text(tensor)}", markup=False)
     for name, shape in stages(model, batch):
         console.print(f"{name:18} {shape}", markup=False)
     real = batch["documents"] >= 0 if "documents" in batch else batch["attention_mask"] == 1
@@ -111,37 +110,11 @@ def show_model(target: Sequence[str], out: Path | None) -> None:
         **processor.pad([processor.encode_conversation(messages)], "right"),
         "pixel_values": size,
     }
-    for name, shape in [("pixel_values", _shape(size)), *stages(model, batch)]:
+    for name, shape in [("pixel_values", shape_text(size)), *stages(model, batch)]:
         console.print(f"{name:18} {shape}", markup=False)
     console.print(f"prompt: {processor.apply_chat_template(messages[:1], add_generation_prompt=True)!r}", markup=False)
     if out is not None:
         raise ValueError("inspect model draws no picture; drop --out")
-
-
-@torch.no_grad()
-def stages(model: VLM, batch: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """(stage, shape) of a batch on its way through the model."""
-    model.eval()  # type: ignore[no-untyped-call]
-    rows: list[tuple[str, str]] = []
-    image_embeds = None
-    if "pixel_values" in batch:
-        features = model.encode_images(batch["pixel_values"])
-        image_embeds = model.embed_images(image_features=features)
-        rows += [("image features", _shape(features)), ("image embeddings", _shape(image_embeds))]
-    embeds = model.embed(batch["input_ids"], image_embeds)
-    output: Any = model(**batch)
-    supervised = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    vocabulary = model.config.text_config.get_text_config().vocab_size
-    return [
-        *rows,
-        ("merged", _shape(embeds)),
-        ("logits", f"[{supervised}, {vocabulary}] at supervised tokens only"),
-        ("loss", f"{float(output.loss):.4f}"),
-    ]
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def contact_sheet(samples: Sequence[Sample], columns: int = 4, size: int = 240) -> Image.Image:

@@ -45,11 +45,11 @@ from eyespot.evaluation.page import section, whole_page
 from eyespot.evaluation.pictures import Array, as_read, patch_lengths
 from eyespot.evaluation.results import Evaluation
 from eyespot.inference import Assistant, user_turn
-from eyespot.inspection import stages
 from eyespot.models.attention import kernels
 from eyespot.models.int8 import Int8Linear
 from eyespot.models.merge import placeholder_mask
 from eyespot.models.parameters import count_parameters
+from eyespot.models.stages import stages
 from eyespot.models.vision.positions import grid_side
 from eyespot.models.vlm import VLM
 from eyespot.processing.processor import IGNORE_INDEX, Encoded
