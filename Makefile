@@ -13,7 +13,7 @@ FORMAT ?= merged
 VARIANT ?= cpu
 IMAGE ?= eyespot
 TAG ?= $(VARIANT)
-# another transformers than the pinned one: make test TRANSFORMERS='==5.23.*'
+# another transformers than the pinned one: make test TRANSFORMERS='==5.18.*'
 TRANSFORMERS ?=
 export CONSTRAINTS := $(if $(TRANSFORMERS),.constraints.txt,constraints.txt)
 export TOKENIZERS_PARALLELISM := false

@@ -15,7 +15,8 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import eyespot
 from eyespot.cli import main

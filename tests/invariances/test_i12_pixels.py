@@ -11,12 +11,12 @@ import PIL.Image
 import pytest
 import torch
 from transformers import (
-    AutoImageProcessor,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
     SiglipImageProcessorPil,
     ViTImageProcessorPil,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from eyespot.compose import build, image_processor_for, load_parts, save
 from eyespot.config import VisionSettings

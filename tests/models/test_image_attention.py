@@ -442,7 +442,7 @@ def test_a_cache_of_fixed_size_gets_a_mask_of_its_size() -> None:
     cache = StaticCache(config=text, max_cache_len=20)
     kinds = (torch.tensor([row.ids]) == VOCAB).long()
     masks = model.create_masks_for_generate(
-        mm_token_type_ids=kinds, config=model.config, attention_mask=None, position_ids=None, past_key_values=cache,
+        token_type_ids=kinds, config=model.config, attention_mask=None, position_ids=None, past_key_values=cache,
         inputs_embeds=torch.zeros(1, len(row.ids), 0),
     )  # fmt: skip
     assert masks["full_attention"].shape == (1, 1, len(row.ids), 20)

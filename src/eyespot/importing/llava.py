@@ -13,13 +13,13 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import (
-    AutoImageProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaImageProcessorPil,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from eyespot.importing import (
     Blueprint,

@@ -389,21 +389,27 @@ class VLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,  # transformers looks for the name
+        mm_token_type_ids: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """transformers' own, which hands the merged prompt on as embeddings; beside them, where the pictures are."""
-        if is_first_iteration and self.config.image_attention == "bidirectional" and input_ids.shape[1] > 0:
-            kwargs["mm_token_type_ids"] = placeholder_mask(input_ids, self.config.image_token_id).long()
+        """transformers' own, which hands the merged prompt on as embeddings; beside them, where the pictures are.
+
+        It goes through as token_type_ids, which every version cuts to the part of the prompt that is not cached yet.
+        """
+        if is_first_iteration and self.config.image_attention == "bidirectional":
+            told = input_ids.shape[1] > 0
+            kinds = placeholder_mask(input_ids, self.config.image_token_id).long() if told else mm_token_type_ids
+            kwargs["token_type_ids"] = kinds
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         inputs: dict[str, Any] = prepare(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        return inputs
+        return {"mm_token_type_ids": inputs.pop("token_type_ids", None), **inputs}
 
-    def create_masks_for_generate(self, mm_token_type_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def create_masks_for_generate(self, token_type_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """For a cache of fixed size transformers asks for the mask before it calls ``forward``."""
-        ahead = None if mm_token_type_ids is None else self.tokens_ahead(None, mm_token_type_ids)
+        ahead = None if token_type_ids is None else self.tokens_ahead(None, token_type_ids)
         if ahead is None:
             return create_masks_for_generate(**kwargs)
         return self.image_mask(kwargs["attention_mask"], kwargs["position_ids"], kwargs["past_key_values"], ahead)
