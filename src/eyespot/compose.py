@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # up to 5.17 its short name needs torchvision
+
+# by its module: up to 5.17 transformers gives the name out only beside torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from eyespot.config import (
     AlignmentSettings,
