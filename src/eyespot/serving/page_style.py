@@ -38,6 +38,7 @@ CSS = """
   #picture{height:220px}
   .chat,.several .chat{height:auto!important;min-height:260px}
   .chat .bubble-wrap{max-height:68vh}
+  .chat .placeholder-content{min-height:220px}
 }
 """
 
