@@ -25,7 +25,7 @@ from eyespot.serving.engine import End, Engine, Piece, Wish
 from eyespot.serving.limits import Limits
 from eyespot.serving.metrics import Metrics
 from eyespot.serving.refusals import Refusal
-from eyespot.serving.server import make_app
+from eyespot.serving.server import Server, make_app
 
 NAME = "tiny"
 POSITIONS = 256
@@ -156,7 +156,7 @@ def serving(assistant: Assistant, limits: Limits, **options: Any) -> Iterator[Se
     metrics = Metrics()
     with Engine(assistant, NAME, limits, metrics) as engine:
         app = make_app([engine], limits, metrics, **{"page": False, **options})
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+        server = Server(uvicorn.Config(app, port=0, log_level="critical"))
         thread = threading.Thread(target=server.run)
         thread.start()
         while not server.started:

@@ -188,9 +188,13 @@ def _add_serve(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask")
     verb.add_argument("--port", type=int, default=8000)
     verb.add_argument("--name", action="append", default=[], help="of a model, for clients; once for each model")
-    verb.add_argument("--api-key", default=os.environ.get("EYESPOT_API_KEY"), help="default: EYESPOT_API_KEY")
+    verb.add_argument("--api-key", default=os.environ.get("EYESPOT_API_KEY") or None, help="default: EYESPOT_API_KEY")
     verb.add_argument("--allow-urls", action="store_true", help="fetch pictures from public http(s) addresses")
     verb.add_argument("--no-page", action="store_true", help="the API alone")
+    verb.add_argument(
+        "--example", nargs=2, action="append", default=[], metavar=("PICTURE", "QUESTION"),
+        help="on the page; as often as wanted",
+    )  # fmt: skip
     for limit in fields(Limits):
         verb.add_argument(
             f"--{limit.name.replace('_', '-')}", type=type(limit.default), default=limit.default, metavar="N",
@@ -645,7 +649,9 @@ def serve(options: argparse.Namespace, words: Sequence[str]) -> int:
     limits = Limits(**{limit.name: getattr(options, limit.name) for limit in fields(Limits)})
     names = ("host", "port", "api_key", "allow_urls", "device", "dtype", "adapter")
     how = {name: getattr(options, name) for name in names}
-    run_server(options.models, names=options.name, page=not options.no_page, limits=limits, **how)
+    run_server(
+        options.models, names=options.name, page=not options.no_page, examples=options.example, limits=limits, **how
+    )
     return 0
 
 

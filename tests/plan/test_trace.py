@@ -128,7 +128,8 @@ def test_half_precision_keeps_half_as_much() -> None:
     model = make_vlm()
     exact, half = (traced(model, wide(training_batch()), bf16=bf16) for bf16 in (False, True))
     assert half.memory.activations < 0.9 * exact.memory.activations and half.total_flops == exact.total_flops
-    assert {call.dtype for call in half.calls if call.flops} == {torch.bfloat16}
+    exactly = sum(call.flops * call.count for call in half.calls if call.dtype != torch.bfloat16)
+    assert exactly < 1e-3 * half.total_flops  # transformers before 5.23 multiplies rotary angles in float32
 
 
 def test_inference_memory_grows_with_batch_and_answer() -> None:

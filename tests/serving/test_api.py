@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import http.client
 import importlib.util
@@ -25,13 +26,19 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
+from PIL import Image
 
 import eyespot
 from eyespot.cli import main
 from eyespot.inference import Assistant
-from eyespot.serving.exchange import talk_with
+from eyespot.serving import gate
+from eyespot.serving.api import build_app
+from eyespot.serving.engine import Engine
+from eyespot.serving.exchange import talk_with, trace_with
 from eyespot.serving.limits import Limits, Seats
 from eyespot.serving.metrics import Metrics
+from eyespot.serving.refusals import Refusal
+from eyespot.serving.rows import Rows
 from eyespot.serving.server import make_app, serve
 from served import NAME, Served, asked, content, conversations, data_url, png, serving
 
@@ -192,7 +199,9 @@ def test_metrics_count(served: Served) -> None:
 
 def test_the_schema_describes_what_is_there(served: Served) -> None:
     status, schema = served.get("/openapi.json")
-    assert status == 200 and set(schema["paths"]) == {"/health", "/metrics", "/v1/models", "/v1/chat/completions"}
+    assert status == 200 and set(schema["paths"]) == {
+        "/health", "/metrics", "/v1/models", "/v1/models/{name}", "/v1/chat/completions"
+    }  # fmt: skip
     question = schema["components"]["schemas"]["ChatRequest"]
     assert question["additionalProperties"] is False and question["required"] == ["model", "messages"]
     chat = schema["paths"]["/v1/chat/completions"]["post"]["responses"]
@@ -268,6 +277,68 @@ def held(assistant: Assistant) -> Iterator[Held]:
         yield server
 
 
+def test_a_client_that_stops_reading_loses_its_seat(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the application and a connection whose other end takes nothing any more."""
+    monkeypatch.setattr(gate, "SEND_TIMEOUT_S", 0.2)
+    seats, metrics, limits = Seats(1), Metrics(), Limits()
+    body = json.dumps({"model": NAME, "messages": [user("what?")], "max_tokens": 200, "stream": True}).encode()
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1",
+             "method": "POST", "path": gate.CHAT, "raw_path": gate.CHAT.encode(), "query_string": b"",
+             "headers": [(b"content-type", b"application/json")]}  # fmt: skip
+    sent: list[str] = []
+    step = Rows.step
+
+    def slow_step(rows: Rows, tokens: Any) -> Any:
+        time.sleep(0.05)
+        return step(rows, tokens)
+
+    monkeypatch.setattr(Rows, "step", slow_step)
+
+    async def ask(app: Any) -> None:
+        asked = asyncio.Queue[Any]()
+        asked.put_nowait({"type": "http.request", "body": body, "more_body": False})
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if len(sent) > 2:
+                await asyncio.Event().wait()
+
+        await app(dict(scope), asked.get, send)
+
+    with Engine(assistant, NAME, limits, metrics) as engine:
+        app = build_app([engine], limits, metrics, seats)
+        asyncio.run(asyncio.wait_for(ask(app), 30))
+        with seats.taken():
+            assert sent == ["http.response.start", "http.response.body", "http.response.body"]
+    assert 'reason="cancelled"} 1.0' in metrics.text().decode()
+
+
+def test_routes_that_are_not_there(served: Served, client: OpenAI) -> None:
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other' here"):
+        client.models.retrieve("other")
+    with pytest.raises(openai.NotFoundError, match="there is nothing at /v1/embeddings"):
+        client.embeddings.create(model=NAME, input="x")
+    assert served.get("/v1/chat/completions")[0] == 405
+
+
+def test_an_answer_without_words_can_be_sent_back(served: Served) -> None:
+    turns = [user("what?", RED), {"role": "assistant", "content": ""}, user("and now?")]
+    status, answer = served.ask(turns)
+    assert status == 200 and answer != served.ask(turns[2:])[1]
+
+
+def test_an_error_nobody_expected_is_counted(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    before = served.count('eyespot_http_requests_total{path="/v1/chat/completions",status="500"}')
+    monkeypatch.setattr(served.engine, "prepare", fail)
+    status, answer = served.ask("what?")
+    assert status == 500 and "the server failed" in answer["error"]["message"]
+    assert served.count('eyespot_http_requests_total{path="/v1/chat/completions",status="500"}') == before + 1
+
+
 def test_a_key_opens(held: Held) -> None:
     for headers in (
         {},
@@ -311,6 +382,9 @@ def test_an_answer_that_takes_too_long(assistant: Assistant) -> None:
         held.let_go()
         status, late = held.post({**LONG, "stream": True}, **RIGHT)  # the first piece has come in time
         assert status == 200 and "more than 2 seconds" in late.splitlines()[-2] and "[DONE]" not in late
+        with pytest.raises(Refusal, match="more than 2 seconds") as late_call:
+            held.engine.call(print)
+        assert late_call.value.status == 504
         held.let_go()
         assert 'reason="cancelled"} 2.0' in held.engine.metrics.text().decode()
 
@@ -344,6 +418,23 @@ def test_the_page_asks_the_same_engine(served: Served, assistant: Assistant) -> 
         next(talk(pictures, messages, **how))
     with pytest.raises(ValueError, match="prompt has 2 <image> but 1 image"):
         next(talk(pictures, asked("?", "red", "red")[1], **how))
+    with pytest.raises(ValueError, match="the request has 4 pictures, the limit is 3"):
+        next(talk(pictures * 4, asked("?", *["red"] * 4)[1], **how))
+
+
+def test_an_answer_is_traced_in_a_seat_and_alone_with_the_words(served: Served) -> None:
+    seats, picture = Seats(1), Image.new("RGB", (4, 4))
+
+    def trace(images: Any, messages: Any) -> Image.Image:
+        assert served.engine.words.locked() and threading.current_thread().name == f"eyespot-{NAME}"
+        with pytest.raises(Refusal, match="1 requests are waiting"), seats.taken():
+            pass
+        return picture
+
+    traced = trace_with(served.engine, seats, trace)
+    assert traced([picture], []) is picture
+    with seats.taken(), pytest.raises(ValueError, match="try again in a moment"):
+        traced([picture], [])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="there is no gradio")
@@ -357,6 +448,12 @@ def test_the_page_stands_beside_the_api(assistant: Assistant) -> None:
             assert running.get("/v1/models", **RIGHT)[1]["data"][0]["id"] == NAME
             assert running.get("/health")[0] == 200
             assert running.post({**LONG, "max_tokens": 2}, **RIGHT)[0] == 200
+            tab = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=60)
+            tab.request("GET", "/gradio_api/heartbeat/one", headers=RIGHT)  # which has no end of its own
+            assert tab.getresponse().status == 200
+            leaving = time.monotonic()
+        assert time.monotonic() - leaving < 60, "the server waited for an open tab"
+        tab.close()
         gc.collect()  # those packages leave a socket open
 
 
@@ -412,3 +509,7 @@ def test_names() -> None:
         serve(["runs/a/model", "elsewhere/a"])
     with pytest.raises(ValueError, match="--adapter is for one model, 2 were given"):
         serve(["runs/a/model", "runs/b/model"], adapter="x")
+    with pytest.raises(ValueError, match="the API key is empty, so everybody would have it"):
+        serve(["runs/a/model"], api_key="")
+    with pytest.raises(ValueError, match=r"'nothing\.png'"):
+        serve(["runs/a/model"], examples=[("nothing.png", "What is it?")])

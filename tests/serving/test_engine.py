@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -255,6 +256,39 @@ def test_an_answer_that_is_cancelled_while_it_waits_is_never_begun(engine: Engin
     busy.join()
     collect(submit(engine, asked("next"), Wish(1)))
     assert job.ended and not job.tokens
+
+
+def test_scored_tokens_joined_are_the_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a decoder that drops the space before the first word, as Llama's does."""
+    words = ["▁the", "▁red", "s", "the"]
+    monkeypatch.setattr(
+        engine, "_decode", lambda tokens: "".join(words[i] for i in tokens).replace("▁", " ").removeprefix(" ")
+    )
+    logits = torch.tensor([1.0, 4.0, 2.0, 3.0])
+    answer = [0, 1, 2]
+    scores = [engine._score(logits, answer[:number], 4) for number in (1, 2, 3)]
+    assert [score.text for score in scores] == ["the", " red", "s"]
+    assert [text for text, _ in scores[1].top] == [" red", "the", "s", " the"]
+
+
+def test_who_leaves_while_all_rows_are_taken_leaves_nothing_behind(assistant: Assistant) -> None:
+    with engine_of(assistant, max_batch=1) as engine:
+        began, events = threading.Event(), queue.SimpleQueue[Any]()
+
+        def emit(event: Any) -> None:
+            began.set()
+            events.put(event)
+
+        engine.submit(engine.prepare(*asked("long")), Wish(200), emit)
+        assert began.wait(20)
+        others = [engine.submit(engine.prepare(*asked("what?", "red")), Wish(5), print) for _ in range(20)]
+        for other in others[1:]:
+            other.cancel()
+        while len(engine.waiting) > 1:
+            assert engine.running, "they stayed until the row was free"
+            time.sleep(0.001)
+        assert list(engine.waiting) == others[:1]
+        collect(events)
 
 
 def test_a_failed_step_ends_its_answers_and_nothing_else(

@@ -25,6 +25,7 @@ from PIL import Image
 
 import eyespot
 from eyespot.inference import Assistant
+from eyespot.processing.images import open_image
 from eyespot.serving.turns import NO_PICTURE, NO_QUESTION
 
 with warnings.catch_warnings():
@@ -54,20 +55,20 @@ class Models:
     asked: list[Any] = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
 
-    def counts(self, images: Sequence[Image.Image], messages: Sequence[Any], **options: Any) -> Iterator[str]:
-        self.asked.append((images, messages, options))
+    def counts(self, pictures: Sequence[str], messages: Sequence[Any], **options: Any) -> Iterator[str]:
+        self.asked.append(([open_image(picture) for picture in pictures], messages, options))
         try:
-            yield f"{len(images)} pictures, "
+            yield f"{len(pictures)} pictures, "
             while not self.gate.wait(0.02):
                 yield "."
             yield f"{len(messages)} messages"
         finally:
             self.closed.set()
 
-    def boxes(self, images: Sequence[Image.Image], messages: Sequence[Any], **options: Any) -> Iterator[str]:
+    def boxes(self, pictures: Sequence[str], messages: Sequence[Any], **options: Any) -> Iterator[str]:
         yield from ("<b>here</b> ", "10 20 ", "50 60")
 
-    def broken(self, images: Sequence[Image.Image], messages: Sequence[Any], **options: Any) -> Iterator[str]:
+    def broken(self, pictures: Sequence[str], messages: Sequence[Any], **options: Any) -> Iterator[str]:
         raise ValueError("the queue is full; try again in a minute")
         yield
 
@@ -330,6 +331,44 @@ def test_what_is_served_names_nothing_outside_and_leaves_other_routes_alone(addr
     assert "--primary-600" in style and not re.findall(r"""@import|@font-face|url\((?!["']?data:)""", style)
     assert httpx.get(f"{address}/health").json() == "fine"
     assert httpx.get(f"{address}/gradio_api/info").json()["named_endpoints"] == {}
+
+
+def test_a_picture_is_uploaded_and_never_fetched(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio would fetch an address for anybody who sends one, of any size."""
+    import httpx
+    from gradio import processing_utils
+
+    asked = []
+
+    async def fetched(url: str, **_: Any) -> str:
+        asked.append(url)
+        return url
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetched)
+    components = httpx.get(f"{address}/config").json()
+    (number,) = (one["id"] for one in components["components"] if one["props"].get("elem_id") == "picture")
+    for call in components["dependencies"]:
+        given = [
+            {"path": "http://example.com/a.png", "meta": {"_type": "gradio.FileData"}} if place == number else None
+            for place in call["inputs"]
+        ]
+        if any(given):
+            body = {"data": given, "fn_index": call["id"], "session_hash": "s"}
+            httpx.post(f"{address}/gradio_api/queue/join", json=body)
+            with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash=s", timeout=20) as stream:
+                said = next(line for line in stream.iter_lines() if "process_completed" in line)
+            assert "was given by its address; upload it" in said
+            break
+    else:
+        raise AssertionError("nothing takes a picture")
+    assert not asked
+
+
+def test_the_slider_ends_where_the_server_does(models: Models) -> None:
+    for most, default in ((16, 16), (500, 128)):
+        page = build_page({"a": models.boxes}, most_tokens=most)
+        (slider,) = (block for block in page.blocks.values() if getattr(block, "label", "") == "Longest answer")
+        assert (slider.maximum, slider.value) == (most, default)
 
 
 def test_a_page_needs_a_model_and_knows_its_traces(models: Models) -> None:

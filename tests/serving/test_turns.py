@@ -57,8 +57,8 @@ class Fake:
     def __init__(self, *pieces: str, error: Exception | None = None) -> None:
         self.pieces, self.error, self.asked = pieces, error, list[Any]()
 
-    def __call__(self, images: Sequence[Image.Image], messages: Sequence[Any], **options: Any) -> Iterator[str]:
-        self.asked.append((images, messages, options))
+    def __call__(self, pictures: Sequence[str], messages: Sequence[Any], **options: Any) -> Iterator[str]:
+        self.asked.append(([open_image(picture) for picture in pictures], messages, options))
         yield from self.pieces
         if self.error is not None:
             raise self.error

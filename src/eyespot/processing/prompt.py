@@ -113,8 +113,6 @@ class _Marked:
                 images += mark
             else:
                 text += mark
-        if role == "assistant" and not text:
-            raise PromptError("the assistant's answer is empty; there is nothing to learn")
         return {"role": role, "content": images + text, "images": images, "text": text}
 
     def render(self, template: str, upto: int, *, ask: bool, variables: Mapping[str, Any]) -> str:
@@ -149,10 +147,12 @@ def training_spans(messages: Sequence[Message], template: str, variables: Mappin
     """The spans of a whole conversation; each assistant turn starts exactly where its prompt at serving time ends.
 
     Raises:
-        PromptError: no assistant turn, or the template writes something else before an answer in training than when it
-            asks for one.
+        PromptError: no assistant turn, an empty one, or the template writes something else before an answer in training
+            than when it asks for one.
     """
     marked = _Marked(messages)
+    if any(message["role"] == "assistant" and not message["text"] for message in marked.messages):
+        raise PromptError("the assistant's answer is empty; there is nothing to learn")
     rendered = marked.render(template, len(messages), ask=False, variables=variables)
     prompts = _prompts(marked, template, variables)
     if not prompts:

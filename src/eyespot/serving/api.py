@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, S
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -24,7 +25,7 @@ from eyespot.serving.exchange import events, whole
 from eyespot.serving.gate import CHAT, Gate
 from eyespot.serving.limits import Limits, Seats
 from eyespot.serving.metrics import Metrics
-from eyespot.serving.pictures_in import picture_bytes
+from eyespot.serving.pictures_in import picture_files
 from eyespot.serving.refusals import Refusal
 from eyespot.serving.reply import Reply, event_of
 from eyespot.serving.rows import Prompt
@@ -48,6 +49,7 @@ STREAMED = {
 }
 T = TypeVar("T")
 PREPARED_AT_ONCE = 4  # requests whose pictures are open at the same time
+FETCHED_AT_ONCE = 16  # requests whose pictures are on their way; threads of their own, as a web server may be slow
 
 
 def build_app(
@@ -73,6 +75,7 @@ def build_app(
     by_name = {engine.name: engine for engine in engines}
     started = int(time.time())
     preparing = asyncio.Semaphore(PREPARED_AT_ONCE)
+    fetching = CapacityLimiter(FETCHED_AT_ONCE)
 
     @app.get("/health", responses=_documented(503))
     async def health() -> wire.Health:
@@ -91,6 +94,11 @@ def build_app(
         """The models that can be asked."""
         return wire.Models(data=[wire.Model(id=name, created=started) for name in by_name])
 
+    @app.get("/v1/models/{name:path}", responses=_documented(401, 404))
+    async def model(name: str) -> wire.Model:
+        """One of them."""
+        return wire.Model(id=_find(by_name, name).name, created=started)
+
     @app.post(CHAT, response_model=wire.Completion, responses={200: STREAMED, **_documented(*REFUSALS)})
     async def chat(request: Request, question: wire.ChatRequest) -> Response:
         """The next turn of a conversation about pictures."""
@@ -99,7 +107,7 @@ def build_app(
         wish = _wish(question, limits)
         urls: list[str] = []
         messages = [_message(message, urls) for message in question.messages]
-        pictures = await run_in_threadpool(_pictures, urls, limits, allow_urls)
+        pictures = await to_thread.run_sync(picture_files, urls, limits, allow_urls, limiter=fetching)
         async with preparing:
             prompt = await run_in_threadpool(_prepare, engine, pictures, messages)
         reply = Reply(engine.name, question)
@@ -107,6 +115,14 @@ def build_app(
             return await _streamed(request, reply, events(engine, prompt, wish, deadline))
         pieces, end = await _unless_gone(request, whole(engine, prompt, wish, deadline))
         return JSONResponse(reply.completion(pieces, end).model_dump())
+
+    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def nothing(request: Request) -> Response:
+        """Else the page, which knows nothing of OpenAI's errors, would answer."""
+        path = request.url.path
+        if path in (CHAT, "/v1/models"):
+            raise HTTPException(405)
+        raise Refusal(f"there is nothing at {path[:80]}; the API is {CHAT} and /v1/models", 404)
 
     return app
 
@@ -137,13 +153,6 @@ def _wish(question: wire.ChatRequest, limits: Limits) -> Wish:
     top = (question.top_logprobs or 0) if question.logprobs else None
     wanted = question.max_completion_tokens or question.max_tokens or default
     return Wish(wanted, sampling, question.stops, top)
-
-
-def _pictures(urls: Sequence[str], limits: Limits, allow_urls: bool) -> list[bytes]:
-    """The files of a request; blocks, while a web server may be slow."""
-    if len(urls) > limits.max_images:
-        raise Refusal(f"the request has {len(urls)} pictures, the limit is {limits.max_images}", param="messages")
-    return [picture_bytes(url, limits, allow_urls=allow_urls) for url in urls]
 
 
 def _prepare(engine: Engine, pictures: Sequence[bytes], messages: Sequence[Message]) -> Prompt:

@@ -22,7 +22,7 @@ from eyespot.processing.prompt import Message, count_images, parts_of
 from eyespot.serving.limits import Limits
 from eyespot.serving.metrics import Metrics
 from eyespot.serving.pieces import Pieces
-from eyespot.serving.refusals import Refusal
+from eyespot.serving.refusals import Refusal, timed_out
 from eyespot.serving.rows import Picture, Prompt, Rows
 from eyespot.serving.sampling import Sampler, Sampling, log_probabilities
 
@@ -110,7 +110,7 @@ class Engine:
         self.end_ids = {ends} if isinstance(ends, int) else set(ends or ())
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
-        self._words = threading.Lock()  # a tokenizer must not be told to split specials and be used at the same time
+        self.words = threading.Lock()  # a tokenizer must not be told to split specials and be used at the same time
         self._thread = threading.Thread(target=self._work, name=f"eyespot-{name}", daemon=True)
         metrics.watch(name, lambda: len(self.waiting), lambda: len(self.running))
 
@@ -136,15 +136,17 @@ class Engine:
         """A conversation as tokens and pixels.
 
         Args:
-            pictures: files' bytes or PIL images, in the order of their places in the messages.
+            pictures: files, their bytes or PIL images, in the order of their places in the messages.
 
         Raises:
             Refusal: more than the limits allow.
             ValueError: pictures that cannot be opened, messages that the template refuses, counts that differ.
         """
         check_counts(count_images(messages), len(pictures))
+        if len(pictures) > (limit := self.limits.max_images):
+            raise Refusal(f"the request has {len(pictures)} pictures, the limit is {limit}", param="messages")
         self._check_length(sum(map(_least_tokens, messages)), "about ")
-        with self._words:
+        with self.words:
             ids = self.assistant.processor.encode_prompt(messages).input_ids
         self._check_length(len(ids))
         if not ids:
@@ -172,14 +174,25 @@ class Engine:
         return job
 
     def call(self, function: Callable[[], T]) -> T:
-        """What a function returns that uses the model too; it runs on the engine's thread, between two steps."""
+        """What a function returns that uses the model too; it runs on the engine's thread, between two steps.
+
+        If it uses the processor, it must hold ``words`` meanwhile.
+
+        Raises:
+            Refusal: 503, the engine is closing; 504, its turn did not come in time.
+        """
         future: Future[T] = Future()
         with self._changed:
             if not self.is_well:
                 raise Refusal("the server is shutting down; ask another one", 503, code="shutting_down")
             self._calls.append((function, future))
             self._changed.notify()
-        return future.result()
+        try:
+            return future.result(self.limits.timeout_s)
+        except TimeoutError:
+            if not future.cancel():  # it has begun, or it failed so itself
+                return future.result()
+            raise timed_out(self.limits.timeout_s) from None
 
     def _picture(self, source: Any) -> Picture:
         opened = open_image(source, self.limits.max_pixels)
@@ -195,7 +208,7 @@ class Engine:
             )
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        with self._words:
+        with self.words:
             return self.assistant.processor.decode_tokens(tokens)
 
     # --- on the engine's thread --------------------------------------------------------------------------------
@@ -204,7 +217,7 @@ class Engine:
         with self.assistant.folded():
             while self._has_work():
                 try:
-                    self._run_calls()
+                    self._run_call()
                     with torch.inference_mode(), self.assistant.autocast():
                         self._turn()
                 except Exception:  # answers are lost, but not the server
@@ -217,9 +230,12 @@ class Engine:
             self._changed.wait_for(lambda: self.waiting or self.running or self._calls or self.closing)
             return bool(self.waiting or self.running or self._calls)
 
-    def _run_calls(self) -> None:
-        while self._calls:
-            function, future = self._calls.popleft()
+    def _run_call(self) -> None:
+        """One of them, so that answers go on between two."""
+        if not self._calls:
+            return
+        function, future = self._calls.popleft()
+        if future.set_running_or_notify_cancel():
             try:
                 future.set_result(function())
             except Exception as error:
@@ -228,6 +244,7 @@ class Engine:
     def _turn(self) -> None:
         """Let new answers join, then give every answer one token more."""
         self._drop_ended()
+        self._drop_waiting()
         self.joining = self._newcomers()
         for group in self._groups(self.joining):
             kept = all(self.rows.known(job.prompt) is not None for job in group)
@@ -249,10 +266,8 @@ class Engine:
         found: list[Job] = []
         tokens = 0
         while self.waiting and len(self.running) + len(found) < self.limits.max_batch and tokens < TOKENS_AT_ONCE:
-            job = self.waiting.popleft()
-            if not self._end_if_cancelled(job):
-                found.append(job)
-                tokens += len(job.prompt.ids)
+            found.append(self.waiting.popleft())
+            tokens += len(found[-1].prompt.ids)
         return found
 
     def _groups(self, jobs: Sequence[Job]) -> list[list[Job]]:
@@ -286,7 +301,7 @@ class Engine:
             return
         job.tokens.append(token)
         text = job.pieces.add(token)
-        scores = [] if job.wish.top is None else [self._score(logits, token, job.wish.top)]
+        scores = [] if job.wish.top is None else [self._score(logits, job.tokens, job.wish.top)]
         if text or scores:
             job.emit(Piece(text, scores))
         limit = min(job.wish.max_new_tokens, self.positions - len(job.prompt.ids))
@@ -295,9 +310,17 @@ class Engine:
         elif len(job.tokens) >= limit:
             self._finish(job, "length", job.pieces.end())
 
-    def _score(self, logits: Tensor, token: int, top: int) -> TokenScore:
+    def _score(self, logits: Tensor, tokens: Sequence[int], top: int) -> TokenScore:
+        """Of the last token. Texts are those behind the token before: some decoders drop the space of a first word."""
+        *before, token = tokens[-2:]
+        known = self._decode(before)
+
+        def text(token: int) -> str:
+            together = self._decode([*before, token])
+            return together[len(known) :] if together.startswith(known) else self._decode([token])
+
         log_prob, likeliest = log_probabilities(logits, token, top)
-        return TokenScore(self._decode([token]), log_prob, [(self._decode([i]), p) for i, p in likeliest])
+        return TokenScore(text(token), log_prob, [(text(other), p) for other, p in likeliest])
 
     def _finish(self, job: Job, reason: Literal["stop", "length"], text: str = "") -> None:
         job.ended = True
@@ -321,6 +344,12 @@ class Engine:
         if len(staying) < len(self.running):
             self.running = [self.running[i] for i in staying]
             self.rows.keep(staying)
+
+    def _drop_waiting(self) -> None:
+        """Who waits no more leaves at once: its pictures are in memory, and its seat is free already."""
+        if any(job.cancelled for job in tuple(self.waiting)):
+            with self._changed:
+                self.waiting = deque(job for job in self.waiting if not self._end_if_cancelled(job))
 
     def _fail(self) -> None:
         """Every answer that was growing or about to is lost."""

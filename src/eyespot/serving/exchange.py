@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from eyespot.processing.prompt import Message
 from eyespot.serving.engine import End, Engine, Event, Piece, Wish
 from eyespot.serving.limits import Seats
-from eyespot.serving.refusals import Refusal
+from eyespot.serving.refusals import Refusal, timed_out
 from eyespot.serving.rows import Prompt
 from eyespot.serving.sampling import Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from eyespot.serving.drawing import Trace
     from eyespot.serving.turns import Talk
 
 
@@ -44,7 +45,7 @@ async def events(engine: Engine, prompt: Prompt, wish: Wish, deadline: float) ->
             try:
                 event = await asyncio.wait_for(arrived.get(), deadline - time.monotonic())
             except TimeoutError:
-                raise timed_out(engine) from None
+                raise timed_out(engine.limits.timeout_s) from None
             if isinstance(event, Refusal):
                 raise event
             yield event
@@ -69,16 +70,36 @@ def talk_with(engine: Engine, seats: Seats) -> Talk:
     """The engine as the page asks it: with the same seats, queue and limits as everybody."""
 
     def talk(
-        images: Sequence[Image], messages: Sequence[Message], *, max_new_tokens: int, temperature: float, top_p: float
+        pictures: Sequence[str], messages: Sequence[Message], *, max_new_tokens: int, temperature: float, top_p: float
     ) -> Iterator[str]:
         wish = Wish(max_new_tokens, Sampling(temperature, top_p))
-        try:
-            with seats.taken():
-                yield from _pieces(engine, engine.prepare(images, messages), wish)
-        except Refusal as refusal:
-            raise ValueError(refusal.message) from refusal  # which the page shows as it is
+        with _told(), seats.taken():
+            yield from _pieces(engine, engine.prepare(pictures, messages), wish)
 
     return talk
+
+
+def trace_with(engine: Engine, seats: Seats, trace: Trace) -> Trace:
+    """The same for what an answer depended on, which is found between two steps of the engine."""
+
+    def traced(images: Sequence[Image], messages: Sequence[Message]) -> Image:
+        def alone() -> Image:
+            with engine.words:
+                return trace(images, messages)
+
+        with _told(), seats.taken():
+            return engine.call(alone)
+
+    return traced
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A refusal as an error that the page shows as it is."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise ValueError(refusal.message) from refusal
 
 
 def _pieces(engine: Engine, prompt: Prompt, wish: Wish) -> Iterator[str]:
@@ -96,17 +117,7 @@ def _next(arrived: queue.SimpleQueue[Event], deadline: float, engine: Engine) ->
     try:
         event = arrived.get(timeout=max(0.0, deadline - time.monotonic()))
     except queue.Empty:
-        raise timed_out(engine) from None
+        raise timed_out(engine.limits.timeout_s) from None
     if isinstance(event, Refusal):
         raise event
     return event
-
-
-def timed_out(engine: Engine) -> Refusal:
-    """What is said at a deadline."""
-    return Refusal(
-        f"the answer took more than {engine.limits.timeout_s:g} seconds, the limit of this server; ask for fewer "
-        "tokens, or later",
-        504,
-        code="timeout",
-    )

@@ -10,6 +10,7 @@ import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from eyespot.serving.limits import Limits, Seats
@@ -24,6 +25,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 CHAT = "/v1/chat/completions"
 OPEN = ("/health",)  # without the key
 BODY_TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 30.0  # for a client to take a piece of its answer
 DISCARDED_BODIES = 10  # so many times the limit of a body is read and thrown away
 COUNTED = (CHAT, "/v1/models", "/health", "/metrics", "/openapi.json")
 
@@ -46,13 +48,18 @@ class Gate:
             if scope["type"] == "http" and scope["path"] == CHAT and scope["method"] == "POST":
                 with self.seats.taken():
                     body = await self._body(scope, receive)
-                    await self.app(scope, _replayed(body, receive), self._counted(scope, send))
+                    await self.app(scope, _replayed(body, receive), self._counted(scope, _hurried(send)))
             else:
                 await self.app(scope, receive, self._counted(scope, send))
         except Refusal as refusal:
             if scope["type"] == "http" and refusal.status != 408:
                 await self._discard(receive)
             await refuse(scope, receive, self._counted(scope, send), refusal)
+        except ClientDisconnect:
+            pass  # the answer has ended with it
+        except Exception:  # which is answered further out
+            self._count(scope, 500)
+            raise
 
     def _check_key(self, scope: Scope) -> None:
         """``Bearer KEY``, or what a browser sends when it is asked: any name with the key as password."""
@@ -115,11 +122,13 @@ class Gate:
     def _counted(self, scope: Scope, send: Send) -> Send:
         async def counted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in COUNTED else "page"
-                self.metrics.requests.labels(path, message["status"]).inc()
+                self._count(scope, message["status"])
             await send(message)
 
         return counted
+
+    def _count(self, scope: Scope, status: int) -> None:
+        self.metrics.requests.labels(scope["path"] if scope["path"] in COUNTED else "page", status).inc()
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
@@ -134,6 +143,18 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _hurried(send: Send) -> Send:
+    """A client that stops reading is one that went away: it must not keep its seat."""
+
+    async def hurried(message: MutableMapping[str, Any]) -> None:
+        try:
+            await asyncio.wait_for(send(message), SEND_TIMEOUT_S)
+        except TimeoutError:
+            raise ClientDisconnect from None
+
+    return hurried
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:

@@ -17,6 +17,7 @@ from eyespot.serving.turns import Talk, answered, merged, next_turn, shown
 try:
     import gradio as gr
     from gradio.processing_utils import save_pil_to_cache
+    from gradio_client.utils import is_http_url_like
 except ImportError as error:
     raise ImportError('the page needs gradio; pip install "eyespot[serve]"') from error
 from eyespot.serving import page_style
@@ -35,10 +36,10 @@ def talk_of(assistant: Assistant) -> Talk:
     """A model of this process, for pages without a server behind them."""
 
     def talk(
-        images: Sequence[Image], messages: Sequence[Message], *, max_new_tokens: int, temperature: float, top_p: float
+        pictures: Sequence[str], messages: Sequence[Message], *, max_new_tokens: int, temperature: float, top_p: float
     ) -> Iterator[str]:
         sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-        return assistant.stream_conversation((images, messages), max_new_tokens=max_new_tokens, **sampling)
+        return assistant.stream_conversation((pictures, messages), max_new_tokens=max_new_tokens, **sampling)
 
     return talk
 
@@ -57,6 +58,7 @@ def build_page(
     traces: Mapping[str, Trace] | None = None,
     examples: Sequence[tuple[str | Path, str]] = (),
     title: str = TITLE,
+    most_tokens: int = MOST_NEW_TOKENS,
 ) -> gr.Blocks:
     """The page over models by name; two of them can be compared. `mount` and `launch` show it.
 
@@ -64,6 +66,7 @@ def build_page(
         talks: the first is asked unless another is chosen.
         traces: by the same names, of models that can be looked into.
         examples: pictures with questions.
+        most_tokens: that an answer may be asked to have.
 
     Raises:
         ValueError: no model, or traces of unknown ones.
@@ -86,6 +89,7 @@ def build_page(
                     label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"],
                     buttons=["fullscreen"], elem_id="picture",
                 )  # fmt: skip
+                _take_uploads_only(picture)
                 if examples:
                     rows = [[str(path), text] for path, text in examples]
                     gr.Examples(rows, [picture, question], elem_id="examples", visible_columns=[0])
@@ -97,16 +101,30 @@ def build_page(
                         label="Trace answers to the picture", visible=bool(traces), container=False, elem_id="traced"
                     )
                     fresh = gr.Button("New chat", size="sm", min_width=90, elem_id="fresh")
-                settings = _settings()
+                settings = _settings(most_tokens)
         _listen(talks, traces, panes, question, picture, [*settings, traced], fresh)
     return page
 
 
-def _settings() -> list[Any]:
+def _take_uploads_only(picture: gr.Image) -> None:
+    """Refuse addresses, which gradio would fetch for anybody who asks. (A subclass would make it write a .pyi file.)"""
+    move = picture.async_move_resource_to_block_cache
+
+    async def move_file(place: str | Path | None) -> str | None:
+        if is_http_url_like(str(place)):
+            raise gr.Error("a picture was given by its address; upload it", print_exception=False)
+        return await move(place)
+
+    picture.async_move_resource_to_block_cache = move_file  # type: ignore[assignment,method-assign]
+
+
+def _settings(most_tokens: int) -> list[Any]:
     """Longest answer, temperature, top-p."""
     with gr.Accordion("Settings", open=False, elem_id="settings"):
         return [
-            gr.Slider(1, MOST_NEW_TOKENS, MAX_NEW_TOKENS, step=1, label="Longest answer", info="in tokens"),
+            gr.Slider(
+                1, most_tokens, min(MAX_NEW_TOKENS, most_tokens), step=1, label="Longest answer", info="in tokens"
+            ),
             gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 always takes the likeliest token"),
             gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="share of the likeliest tokens that is drawn from"),
         ]
@@ -182,13 +200,16 @@ def _listen(
     )  # fmt: skip
 
 
-def mount(app: FastAPI, page: gr.Blocks, path: str = "/", **options: Any) -> FastAPI:
+def mount(
+    app: FastAPI, page: gr.Blocks, path: str = "/", max_file_size: str | int = MAX_UPLOAD, **options: Any
+) -> FastAPI:
     """Put the page into an application, behind the routes that this has already.
 
-    options: of gradio.mount_gradio_app, for instance auth or auth_dependency.
+    max_file_size: of a picture, in bytes or as "20mb".
+    options: further ones of gradio.mount_gradio_app, for instance auth or auth_dependency.
     """
     page.queue(default_concurrency_limit=None)  # the application has its own queue
-    gr.mount_gradio_app(app, page, path=path, **_served(), **options)
+    gr.mount_gradio_app(app, page, path=path, max_file_size=max_file_size, **_served(), **options)
     return app
 
 
@@ -219,12 +240,12 @@ def launch(
         title=title,
     )
     page.queue(default_concurrency_limit=1)  # models of one process share its processors
-    page.launch(share=share, **_served(), **options)
+    page.launch(share=share, max_file_size=MAX_UPLOAD, **_served(), **options)
 
 
 def _served() -> dict[str, Any]:
     """What is served beside the components: our looks, and none of gradio's own pages and records."""
     return {
-        "theme": page_style.theme(), "css": page_style.CSS, "footer_links": [], "max_file_size": MAX_UPLOAD,
+        "theme": page_style.theme(), "css": page_style.CSS, "footer_links": [],
         "run_history": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False,
     }  # fmt: skip

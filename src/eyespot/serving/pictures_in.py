@@ -13,7 +13,7 @@ import string
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from eyespot.serving.limits import Limits
 from eyespot.serving.refusals import Refusal
@@ -25,22 +25,33 @@ SHOWN_CHARACTERS = 80
 REDIRECTS = (301, 302, 303, 307, 308)
 # IPv4 addresses are reached through these too. Source: https://www.rfc-editor.org/rfc/rfc6052#section-2.1
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# All that the world is reached by. Source: https://www.iana.org/assignments/ipv6-address-space
+GLOBAL = ipaddress.ip_network("2000::/3")
+# The protocols' own, which some versions of Python call global
+PROTOCOLS = ipaddress.ip_network("192.0.0.0/24")
 
 
-def picture_bytes(url: str, limits: Limits, *, allow_urls: bool) -> bytes:
-    """The file behind an ``image_url``.
+def picture_files(urls: Sequence[str], limits: Limits, allow_urls: bool) -> list[bytes]:
+    """The files behind the ``image_url`` of a request; web servers have no longer for many than for one.
 
     Raises:
-        Refusal: no data URL of a picture (nor an address that may be asked), too large, or not to be had.
+        Refusal: too many; no data URL of a picture (nor an address that may be asked), too large, or not to be had.
     """
+    if len(urls) > limits.max_images:
+        raise Refusal(f"the request has {len(urls)} pictures, the limit is {limits.max_images}", param="messages")
+    deadline = time.monotonic() + FETCH_TIMEOUT_S
+    return [_file(url, limits, deadline if allow_urls else None) for url in urls]
+
+
+def _file(url: str, limits: Limits, fetch_until: float | None) -> bytes:
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         return _from_data_url(url, limits)
     if scheme not in ("http", "https"):
         raise _refused(url, "is neither a data URL nor a web address; send data:image/png;base64,...")
-    if not allow_urls:
+    if fetch_until is None:
         raise _refused(url, "is a web address, which this server does not fetch; send data:image/png;base64,...")
-    return _fetch(url, limits)
+    return _fetch(url, limits, fetch_until)
 
 
 def _from_data_url(url: str, limits: Limits) -> bytes:
@@ -60,9 +71,8 @@ def _from_data_url(url: str, limits: Limits) -> bytes:
     return decoded
 
 
-def _fetch(url: str, limits: Limits) -> bytes:
+def _fetch(url: str, limits: Limits, deadline: float) -> bytes:
     """Every address on the way is looked at, and it is the one that was looked at that is asked."""
-    deadline = time.monotonic() + FETCH_TIMEOUT_S
     place = url
     for _ in range(MAX_REDIRECTS + 1):
         try:
@@ -151,9 +161,10 @@ def is_public(address: str) -> bool:
             inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
         if not all(is_public(str(wrapped)) for wrapped in inner if wrapped is not None):
             return False
-        if ip.ipv4_mapped is not None:
+        if ip.ipv4_mapped is not None or ip in NAT64:
             return True
-    return ip.is_global and not ip.is_multicast
+        return ip in GLOBAL and ip.is_global
+    return ip.is_global and not ip.is_multicast and ip not in PROTOCOLS
 
 
 def _refused(url: str, why: str) -> Refusal:

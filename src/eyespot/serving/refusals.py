@@ -41,5 +41,14 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
+def timed_out(limit_s: float) -> Refusal:
+    """What is said at a deadline."""
+    return Refusal(
+        f"the answer took more than {limit_s:g} seconds, the limit of this server; ask for fewer tokens, or later",
+        504,
+        code="timeout",
+    )
+
+
 def _encodable(text: str) -> str:
     return text.encode(errors="replace").decode()

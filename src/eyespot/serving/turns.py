@@ -26,11 +26,11 @@ NO_PICTURE = "No picture was given, so this answers the words alone."
 
 
 class Talk(Protocol):
-    """A model that goes on with a conversation. Pictures are in the order of their places in the messages."""
+    """A model that goes on with a conversation. Pictures are files, in the order of their places in the messages."""
 
     def __call__(
         self,
-        images: Sequence[Image],
+        pictures: Sequence[str],
         messages: Sequence[Message],
         *,
         max_new_tokens: int,
@@ -74,7 +74,11 @@ def conversation(turns: Sequence[Turn]) -> tuple[list[str], list[Message]]:
 
 
 def answered(
-    turns: Sequence[Turn], talk: Talk, save: Callable[[Image], str], trace: Trace | None = None, **options: Any
+    turns: Sequence[Turn],
+    talk: Talk,
+    save: Callable[[Image], str],
+    trace: Trace | None = None,
+    **options: Any,
 ) -> Generator[list[Turn]]:
     """The turns again each time that the last of them grows: by a piece of its answer, then by figures.
 
@@ -92,15 +96,14 @@ def answered(
     yield [*earlier, turn]
     try:
         files, messages = conversation(turns)
-        images = [open_image(file) for file in files]
-        if not images:
+        if not files:
             turn = dataclasses.replace(turn, note=NO_PICTURE)
-        for piece in talk(images, messages, **options):
+        for piece in talk(files, messages, **options):
             turn = dataclasses.replace(turn, answer=turn.answer + piece)
             yield [*earlier, turn]
         turn = dataclasses.replace(turn, answer=turn.answer.strip(), note=turn.note if turn.answer.strip() else NOTHING)
         yield [*earlier, turn]
-        for figure, shows in _figures(images, [*earlier, turn], trace):
+        for figure, shows in _figures(files, [*earlier, turn], trace):
             turn = dataclasses.replace(turn, figures=(*turn.figures, (save(figure), shows)))
             yield [*earlier, turn]
     except ValueError as refusal:
@@ -110,9 +113,11 @@ def answered(
         yield [*earlier, dataclasses.replace(turn, note=f"{type(failure).__name__}: {failure}")]
 
 
-def _figures(images: Sequence[Image], turns: Sequence[Turn], trace: Trace | None) -> Iterator[tuple[Image, str]]:
-    if not images or not turns[-1].answer:
+def _figures(files: Sequence[str], turns: Sequence[Turn], trace: Trace | None) -> Iterator[tuple[Image, str]]:
+    """Of pictures that the model has seen, and that therefore can be opened."""
+    if not files or not turns[-1].answer:
         return
+    images = [open_image(file) for file in files]
     if (boxes := with_boxes(images[-1], turns[-1].answer)) is not None:
         yield boxes, "The boxes of the answer"
     if trace is not None:
