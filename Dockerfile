@@ -13,9 +13,10 @@ ENV PATH=/venv/bin:$PATH
 WORKDIR /source
 COPY constraints.txt ./
 
+# 2.13.0+cpu counts as newer than 2.13.0; what torch needs comes from the package index
 FROM base AS torch-cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+    pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch
 
 FROM base AS torch-cuda
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -34,8 +34,13 @@ help: ## Show this help
 
 install: $(DEV) ## Create the virtual environment and install everything
 
+# what the environment was made with: other constraints install anew
+$(VENV)/.constraints: $(CONSTRAINTS) FORCE
+	@mkdir -p $(VENV)
+	@cmp --silent $< $@ || cp $< $@
+
 # torch comes first, at the pinned version, so that no later requirement pulls another build of it
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+$(STAMP): pyproject.toml $(VENV)/.constraints
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable ".[quickstart,train]"
@@ -77,14 +82,14 @@ lint: $(DEV) ## ruff and mypy; hadolint and schemas for the files of Docker and 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml compose.cuda.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(DEV) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-plan: $(STAMP) ## Predict parameters, memory, time and cost of RECIPE
+plan: $(STAMP) $(if $(findstring scenes,$(RECIPE)),$(VENV)/.with-scenes) ## Predict parameters, memory, time and cost of RECIPE
 	$(BIN)/eyespot plan recipe=$(RECIPE)
 
 serve: $(VENV)/.with-serve ## Serve MODEL: the page and OpenAI's API on port 8000
@@ -110,11 +115,14 @@ docker: ## Build the image of VARIANT (cpu, cuda)
 docker-push: docker ## Build the image and send it to the registry that IMAGE names
 	docker push $(IMAGE):$(TAG)
 
+# names from others reach the shell as variables, never as parts of a command
+download space: export MODEL := $(MODEL)
+
 download: $(STAMP) ## Fetch the model REPO from the Hugging Face Hub to MODEL
-	$(BIN)/eyespot download $(REPO) --out $(MODEL)
+	$(BIN)/eyespot download "$$REPO" --out "$$MODEL"
 
 space: $(VENV)/.with-serve ## Check that MODEL looks at pictures and show its Space REPO; SEND=1 sends it
-	$(BIN)/eyespot push $(MODEL) $(REPO) $(QUESTIONS) --space $(if $(SEND),--yes)
+	set -f; $(BIN)/eyespot push "$$MODEL" "$$REPO" $$QUESTIONS --space $(if $(SEND),--yes)
 
 clean: ## Remove the virtual environment and caches (runs stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist

@@ -124,6 +124,7 @@ with tempfile.TemporaryDirectory() as folder:
     assistant = eyespot.load(folder, device="cpu")
 assert isinstance(assistant.ask(PIL.Image.new("RGB", (20, 20)), "hm?", max_new_tokens=2), str)
 import eyespot.data.collate, eyespot.data.sources, eyespot.evaluation.runner
+import eyespot.inspection, eyespot.relevance, eyespot.evaluation.pictures
 """
 
 

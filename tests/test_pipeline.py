@@ -124,9 +124,16 @@ def test_only_what_depends_on_a_change_runs_again(checkout: Checkout) -> None:
     checkout.set(questions=23)
     assert changed() == {"evaluate"}
     (checkout.folder / "params.yaml").write_text(before)
-    with (checkout.folder / "src/eyespot/evaluation/metrics.py").open("a") as file:
-        file.write("# changed\n")
-    assert changed() == {"evaluate"}
+    for name, stages in (
+        ("evaluation/metrics.py", {"evaluate"}),
+        ("configs/recipe/smoke.yaml", {"prepare", "train"}),
+        ("compose.py", {"train", "evaluate"}),
+    ):
+        file = checkout.folder / "src/eyespot" / name
+        code = file.read_text()
+        file.write_text(f"{code}# changed\n")
+        assert changed() == stages, name
+        file.write_text(code)
 
 
 def test_stages_use_verbs_and_files_that_exist() -> None:
@@ -273,3 +280,37 @@ def test_compose_runs_what_the_command_line_takes() -> None:
     for service in services.values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), "nothing is open by default"
     assert "sqlite:////mlflow/" in services["mlflow"]["command"]
+    for name, service in read_yaml("compose.cuda.yaml")["services"].items():
+        assert name in services and service["deploy"]["resources"]["reservations"]["devices"]
+
+
+def test_names_from_others_are_no_part_of_a_command(tmp_path: Path) -> None:
+    shown = tmp_path / "eyespot"
+    shown.write_text('#!/bin/sh\nfor word in "$@"; do echo "[$word]"; done\n')
+    shown.chmod(0o755)
+    environment = {
+        **os.environ, "REPO": "a/b; touch hacked", "QUESTIONS": "format=x $(shell touch hacked) `touch hacked` *",
+        "MODEL": "runs/model",
+    }  # fmt: skip
+    for target, words in (
+        ("download", ["download", "a/b; touch hacked", "--out", "runs/model"]),
+        ("space", ["push", "runs/model", "a/b; touch hacked", *environment["QUESTIONS"].split(), "--space"]),
+    ):
+        command = ["make", "--silent", "--file", str(ROOT / "Makefile"), target, f"BIN={tmp_path}", "--assume-old=x"]
+        for file in (".installed", ".with-serve", ".constraints"):
+            (tmp_path / ".venv" / file).parent.mkdir(exist_ok=True)
+            (tmp_path / ".venv" / file).touch()
+        for name in ("pyproject.toml", "constraints.txt"):
+            shutil.copy2(ROOT / name, tmp_path / name)
+        shutil.copy2(ROOT / "constraints.txt", tmp_path / ".venv" / ".constraints")
+        for file in (".installed", ".with-serve"):
+            os.utime(tmp_path / ".venv" / file, (2e9 + (file == ".with-serve"),) * 2)
+        said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert said.stdout.splitlines() == [f"[{word}]" for word in words]
+        assert not (tmp_path / "hacked").exists()
+
+
+def test_what_make_installs_for_a_verb_is_enough() -> None:
+    """Of the default recipe and of `data report`, which the pipeline's first stage is."""
+    extras = PROJECT["optional-dependencies"]
+    assert set(Requirement(extras["pipeline"][0]).extras) >= {"quickstart", "scenes", "train", "pictures"}

@@ -285,8 +285,8 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
     command = shlex.join(["eyespot", *words])
     try:
         unreported = closing is not None and not options.fresh and not closing.is_written()
-        run = finished_run(settings) if unreported else None
-        run = run or run_training(
+        earlier = finished_run(settings) if unreported else None
+        run = earlier or run_training(
             settings, fresh=options.fresh, console=console, before_training=ask_untrained, measure=measure_retrieval
         )
     except TrainingStopped as error:
@@ -301,13 +301,13 @@ def train(options: argparse.Namespace, words: Sequence[str]) -> int:
         end_interrupted(settings)
         return 130
     print(f"model: {run.model_folder}")
-    compare_with_plan(run, settings, console)
     if pictures is not None:
         _draw(pictures, run)
     if closing is not None:
         evaluation = closing.finish(run, command, trace_shown)
         print_evaluation(evaluation, closing.before)
         print(f"report: {run.folder / 'report.json'} and {run.folder / 'report.html'}")
+    compare_with_plan(run, settings, console, trained=earlier is None)
     for place in log_results(settings, closing.samples if closing is not None else ()):
         print(place)
     return 0

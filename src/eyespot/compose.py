@@ -31,6 +31,7 @@ from eyespot.config import (
     to_dict,
 )
 from eyespot.devices import choose_device, has_fast_bfloat16
+from eyespot.files import open_as_its_folder
 from eyespot.models.attention import attention_argument
 from eyespot.models.loss import head_logits
 from eyespot.models.nf4 import check_nf4, is_nf4, unpacked_state_dict
@@ -474,6 +475,7 @@ def save(model: VLM, processor: Processor, folder: str | Path) -> None:
         )
     model.save_pretrained(folder, state_dict=unpacked_state_dict(model) if is_nf4(model) else None)
     processor.save_pretrained(folder)
+    open_as_its_folder(Path(folder))
 
 
 def load_parts(folder: str | Path, dtype: str | torch.dtype = "auto") -> tuple[VLM, Processor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +29,11 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 def make_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     """Fill a new folder beside ``folder``, then rename it; of several processes the first one wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()  # and not mkdtemp, whose folders only their owner may read
     try:
         fill(partial)
+        open_as_its_folder(partial)
         try:
             os.replace(partial, folder)
         except OSError:
@@ -39,3 +41,10 @@ def make_folder(folder: Path, fill: Callable[[Path], object]) -> None:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_as_its_folder(folder: Path) -> None:
+    """Let everybody read the tensors of a folder who may read the folder: safetensors keeps its files to their owner,
+    and a container with another user could not serve them."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(folder.stat().st_mode & 0o666)

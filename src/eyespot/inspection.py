@@ -15,7 +15,6 @@ from torch import Tensor
 from eyespot.compose import build_from_settings, load_parts
 from eyespot.config import TrainSettings
 from eyespot.data.collate import Collator
-from eyespot.data.datamodule import Units
 from eyespot.data.sample import Sample
 from eyespot.models.parameters import parameter_table
 from eyespot.models.stages import shape_text, stages
@@ -64,6 +63,8 @@ def show_data(settings: TrainSettings, count: int, out: Path | None) -> None:
 
 def show_batch(settings: TrainSettings, count: int, out: Path | None) -> None:
     """Print the shape after every stage for one training batch of ``count`` units, and how full its rows are."""
+    from eyespot.data.datamodule import Units  # with Lightning, which looking at a model needs not
+
     console = Console()
     samples, _, _ = load_data(settings.data, settings.trainer.seed)
     model, processor = build_from_settings(with_tokenizer(settings.model, samples))

@@ -287,7 +287,7 @@ def test_the_verb_and_what_a_run_says_at_its_end(
     words = [*TINY, "evaluation.run=false", "evaluation.pictures=0", f"output_dir={tmp_path}", "trainer.max_steps=2"]
     words.append("trainer.precision=auto")
     file = tmp_path / "plan.json"
-    assert main(["plan", *words, "--devices", "here", "A100-80", "--json", str(file)]) == 0
+    assert main(["plan", *words, "--devices", "here", "A100-80", "here", "--json", str(file)]) == 0
     said = capsys.readouterr().out
     for phrase in (
         "parameters", "GB by batch size, float32", "GB by batch size, bfloat16", "what switches change (here)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,9 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert [name for name in one if not (one[name] == other[name]).all()] == []
     assert resumed.curve == whole.curve
     assert resumed.validation == whole.validation
+    with (resumed.folder / "logs" / "csv" / "metrics.csv").open(newline="") as file:
+        logged = {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+    assert logged == pytest.approx(dict(whole.curve), rel=1e-6)
 
 
 def test_an_interrupted_run_with_other_settings_is_not_continued(run: Callable[..., Run]) -> None:

@@ -223,6 +223,33 @@ def test_an_interrupted_run_goes_on_in_the_same_run_of_a_tracker(
     found = client.get_metric_history(number, "train/loss")
     assert [metric.step for metric in found] == [step for step, _ in record["curve"]]
 
+    def table() -> Any:
+        return json.loads(Path(client.download_artifacts(number, "answers_while_training.json")).read_text())
+
+    first = table()
+    assert first["data"]
+    tracking.log_results(compose_settings([*overrides, f"output_dir={tmp_path}"]))
+    assert table() == first, "results that are logged again replace those that were there"
+
+
+def test_a_run_that_died_before_its_first_checkpoint_stays_one_run(
+    run: Callable[..., Run], store: str, tmp_path: Path
+) -> None:
+    def die(_: Any) -> None:
+        raise KeyError("killed")
+
+    logging = ["logger.mlflow=true", store, "logger.project=died", "logger.tensorboard=false"]
+    with pytest.raises(KeyError, match="killed"):
+        run("died", *logging, before_training=die)
+    ids = (tmp_path / "died" / IDS_FILE).read_text()
+    run("died", *logging)
+    assert (tmp_path / "died" / IDS_FILE).read_text() == ids
+    with pytest.raises(TrackingError, match="nobody answers"):
+        run("died", "logger.mlflow=true", "logger.mlflow_uri=http://127.0.0.1:9", fresh=True)
+    assert (tmp_path / "died" / "model" / "model.safetensors").is_file()
+    run("died", *logging, fresh=True)
+    assert (tmp_path / "died" / IDS_FILE).read_text() != ids
+
 
 def test_stages_are_prefixes_in_one_run(store: str, tmp_path: Path) -> None:
     overrides = [*SMALL, "logger.mlflow=true", store, "logger.project=staged", f"output_dir={tmp_path}", "name=staged"]

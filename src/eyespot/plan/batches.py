@@ -107,6 +107,7 @@ class Reader:
     def samples(self, settings: DataSettings, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]] | None:
         """Training and validation samples; None if they are not on this disk."""
         key = f"{settings.train} {settings.validation} {settings.filters} {settings.limit} {seed} {settings.streaming}"
+        key += f" {settings.validation_share}"
         if key not in self._read:
             there = all(map(is_here, sources_of(settings.train).values()))
             self._read[key] = load_data(settings, seed)[:2] if there else None

@@ -17,14 +17,14 @@ from eyespot.files import default_cache
 from eyespot.plan.devices import HERE
 from eyespot.plan.make import Plan
 from eyespot.plan.show import shown_hours, table
-from eyespot.training.run import Run
+from eyespot.training.run import Run, write_json
 
 
 def remember(plan: Plan, settings: TrainSettings) -> Path:
     """Keep a plan for the run of the same settings."""
     file = _file(settings)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(plan.to_dict()), encoding="utf-8")
+    write_json(file, plan.to_dict())
     return file
 
 
@@ -59,11 +59,12 @@ def process_peak() -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def compare(run: Run, settings: TrainSettings, console: Console) -> None:
+def compare(run: Run, settings: TrainSettings, console: Console, trained: bool = True) -> None:
     """Print what was planned for a run and what it measured.
 
     Args:
         settings: as they were given, before anything was decided for this machine.
+        trained: in this process, so that its peak is that of the training.
     """
     found = measured(run)
     plan = remembered(settings)
@@ -71,7 +72,7 @@ def compare(run: Run, settings: TrainSettings, console: Console) -> None:
     rows = [
         ("samples/s", f"{found['samples_per_s']:,.4g}"),
         ("training", shown_hours(found["seconds"] / 3600)),
-        ("peak GB", f"{found['peak_bytes'] / 1e9:.2f}"),
+        ("peak GB", f"{found['peak_bytes'] / 1e9:.2f}" if trained else "not known"),
     ]
     if plan is None or not here:
         console.print(

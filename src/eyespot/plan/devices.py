@@ -72,7 +72,7 @@ def choose(names: Sequence[str]) -> list[Device | None]:
         ValueError: an unknown name, or a price that is no number.
     """
     chosen: list[Device | None] = []
-    for name in names:
+    for name in dict.fromkeys(names):
         key, equals, price = name.partition("=")
         if key == HERE and not equals:
             chosen.append(None)

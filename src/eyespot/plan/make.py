@@ -11,7 +11,7 @@ import torch
 from eyespot.config import TrainSettings, check_settings
 from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.plan.batches import Assumed, loading_seconds
-from eyespot.plan.devices import HERE, Device, choose
+from eyespot.plan.devices import HERE, USABLE_SHARE, Device, choose
 from eyespot.plan.machine import PROBE_S, Machine, probe
 from eyespot.plan.rehearsal import fill, fits, rehearse, rehearse_encoding
 from eyespot.plan.skeleton import decided
@@ -224,8 +224,8 @@ class _Planner:
         hours = step.work.num_samples / rate / 3600 + self.encoding_hours(stage, device, step)
         if device is None:
             assert self.machine is not None
-            shared_by = trainer.devices if choose_device(trainer.device).type == "cpu" else 1
-            usable, name, price = self.machine.memory_gb * 1e9 / shared_by, HERE, None
+            share = 1 / trainer.devices if choose_device(trainer.device).type == "cpu" else USABLE_SHARE
+            usable, name, price = share * self.machine.memory_gb * 1e9, HERE, None
         else:
             usable, name, price = device.usable_bytes, device.name, device.price
         world = trainer.devices * trainer.num_nodes

@@ -48,7 +48,7 @@ from eyespot.models.parameters import parameter_table
 from eyespot.processing.tokenizers import bpe_tokenizer
 from eyespot.registry import AUGMENTATIONS, FILTERS, closest
 from eyespot.training.origin import origin
-from eyespot.training.tracking import check_trackers, loggers, open_trackers
+from eyespot.training.tracking import IDS_FILE, check_trackers, loggers, open_trackers
 
 if TYPE_CHECKING:
     from eyespot.data.augmenter import Augmenter
@@ -190,7 +190,7 @@ def train(
     check_settings(settings)
     from eyespot.training.processes import check_processes, is_first_process, own_device
 
-    check_trackers(settings.logger)
+    check_trackers(settings.logger, Path(settings.output_dir) / settings.name)
 
     # decided now and recorded, so that a checkpoint's frozen parts are built the same way on another machine
     device = own_device(choose_device(settings.trainer.device))
@@ -208,6 +208,8 @@ def train(
     folder = Path(settings.output_dir) / settings.name
     # one process judges and changes the folder; the others may start at any time meanwhile, and are compared later
     resume = find_resume(folder, settings, fresh) if is_first_process() else None if fresh else last_checkpoint(folder)
+    if fresh and is_first_process():
+        (folder / IDS_FILE).unlink(missing_ok=True)  # else an interrupted run stays one run of its trackers
     return run_in(folder, settings, resume, before_training, console)
 
 
@@ -226,7 +228,11 @@ def run_in(
     train_samples, validation, report = load_data(settings.data, settings.trainer.seed)
     if is_first_process():
         if resume is None and folder.exists():
+            ids = (folder / IDS_FILE).read_text() if (folder / IDS_FILE).is_file() else None
             shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+            if ids is not None:
+                (folder / IDS_FILE).write_text(ids)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS_FILE, to_dict(settings))
         report.write(folder)

@@ -170,7 +170,13 @@ class MLflow(Tracker):
             self.client.log_metric(self.id, allowed(name), value)
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.client.log_table(self.id, {key: [row[key] for row in rows] for key in rows[0]}, f"{name}.json")
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        file = f"{name}.json"
+        if any(artifact.path == file for artifact in self.client.list_artifacts(self.id)):  # else MLflow appends
+            artifacts: Any = get_artifact_repository(self.client.get_run(self.id).info.artifact_uri)
+            artifacts.delete_artifacts(file)
+        self.client.log_table(self.id, {key: [row[key] for row in rows] for key in rows[0]}, file)
 
     def log_plot(self, file: Path) -> None:
         self.client.log_artifact(self.id, str(file), "plots")
@@ -263,8 +269,13 @@ TRACKERS: dict[str, Callable[[LoggerSettings, Path, str | None], MLflow | WandB]
 # --- a run -------------------------------------------------------------------------------------------------------
 
 
-def check_trackers(settings: LoggerSettings) -> None:
-    """Raise ConfigError if a tracker that is switched on is not installed."""
+def check_trackers(settings: LoggerSettings, folder: Path) -> None:
+    """Before anything is read or deleted.
+
+    Raises:
+        ConfigError: a tracker that is switched on is not installed.
+        TrackingError: MLflow's server does not answer.
+    """
     for switch, (packages, extra) in PACKAGES.items():
         for package in packages if getattr(settings, switch) else ():
             if importlib.util.find_spec(package) is None:
@@ -272,6 +283,8 @@ def check_trackers(settings: LoggerSettings) -> None:
                     f"logger.{switch} is true but {package} is not installed; pip install 'eyespot[{extra}]', or "
                     f"set logger.{switch}=false"
                 )
+    if settings.mlflow:
+        check_reachable(mlflow_uri(settings, folder))
 
 
 def whole_run(settings: TrainSettings) -> tuple[Path, str]:
@@ -306,17 +319,31 @@ def open_trackers(settings: TrainSettings) -> list[MLflow | WandB]:
 
 def loggers(settings: TrainSettings, folder: Path, *, first_process: bool) -> list[Any]:
     """Lightning's loggers of a training in its folder; processes other than the first one write nothing."""
-    from lightning.pytorch.loggers import CSVLogger
-
     _, stage = whole_run(settings)
     found: list[Any] = []
     if settings.logger.csv:
-        found.append(CSVLogger(folder, name="logs", version="csv"))
+        found.append(_csv_logger(folder, first_process))
     if settings.logger.tensorboard:
         found.append(TensorBoard(folder).logger())
     if first_process:
         found += [tracker.logger(stage) for tracker in open_trackers(settings)]
     return found
+
+
+def _csv_logger(folder: Path, first_process: bool) -> Any:
+    """Lightning's, which begins by deleting what stands there; of a run that goes on it is written back."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(folder, name="logs", version="csv", flush_logs_every_n_steps=1)  # nothing is lost
+    file = Path(logger.log_dir) / "metrics.csv"
+    if first_process and file.is_file():
+        before = file.read_text("utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            writer = logger.experiment
+        file.write_text(before, "utf-8")
+        writer.metrics_keys = before.partition("\n")[0].strip().split(",")
+    return logger
 
 
 def log_results(settings: TrainSettings, samples: Sequence[Sample] = ()) -> list[str]:
