@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,22 @@ def test_a_picture_from_bytes(assistant: Assistant) -> None:
     picture("red").save(buffer, "PNG")
     asked = [assistant.ask(p, "q?", max_new_tokens=6) for p in (buffer.getvalue(), picture("red"))]
     assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "processor_config.json"])
+def test_loading_runs_no_code_of_a_folder(
+    assistant: Assistant, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it ask whether it may."""
+    eyespot.save(assistant.model, assistant.processor, tmp_path / "model")
+    file, trace = tmp_path / "model" / name, tmp_path / "trace"
+    (tmp_path / "model" / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    evil = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoProcessor": "evil.Evil"}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **evil}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    loaded = eyespot.load(tmp_path / "model", "cpu")
+    assert not trace.exists()
+    assert loaded.ask(picture("red"), "hm?", max_new_tokens=4) == assistant.ask(picture("red"), "hm?", max_new_tokens=4)
 
 
 def test_load_keeps_answers_and_checks_devices(assistant: Assistant, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     if name.startswith("char:"):
         return char_tokenizer(name.removeprefix("char:"))
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return tokenizer
 
 
@@ -281,7 +281,7 @@ def image_processor_for(settings: VisionSettings, vision_config: Any) -> Any:
             image_mean=list(vision_config.image_mean),
             image_std=list(vision_config.image_std),
         )
-    return AutoImageProcessor.from_pretrained(settings.args["source"])
+    return AutoImageProcessor.from_pretrained(settings.args["source"], trust_remote_code=False)
 
 
 def picture_size(image_processor: Any) -> int:
@@ -513,7 +513,7 @@ def load_parts(folder: str | Path, dtype: str | torch.dtype = "auto") -> tuple[V
             ignore_mismatched_sizes=True,  # check_loading refuses them, and names the first
             use_safetensors=True,
         )
-        processor = AutoProcessor.from_pretrained(str(folder))
+        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{str(folder)!r} is neither a model folder nor a readable Hub name ({first})") from error

@@ -94,6 +94,58 @@ def test_a_model_that_was_not_evaluated_says_so(tmp_path: Path) -> None:
     assert "Warning while it trained: no sign that the model uses the picture." in card.text
 
 
+def test_what_any_stage_learned_from_is_named(tmp_path: Path) -> None:
+    """Also if only a later stage has data of its own."""
+    record = read_record(write_run(tmp_path, "qformer_two_stage", evaluated=False))
+    names = [part.name for part in record.data if part.role == "training"]
+    assert any("558k" in name for name in names) and any("instruct_150k" in name for name in names)
+    url = {"path": "llava_instruct_150k.json", "image_url": "http://images.cocodataset.org/train2017/"}
+    assert [part.name for part in data_of([("training", url)])] == ["llava_instruct_150k.json", "train2017"]
+
+
+def test_preferences_are_part_of_the_story(tmp_path: Path) -> None:
+    command = "eyespot prefer runs/quickstart/model pairs.json"
+    later = {"data": "/home/me/pairs.json", "lr": 1e-6, "beta": 0.1, "losses": [0.7] * 20, "margins": [],
+             "origin": {"command": command}}  # fmt: skip
+    text = write_card(read_record(write_run(tmp_path, preference=later)), "me/x")
+    assert "20 steps of preference learning (DPO, learning rate 1e-06, beta 0.1)" in text
+    assert f"{ORIGIN['command']}\n{command}" in text
+    assert "| training | pairs.json | not known here |" in text and ORIGIN["hardware"] in text
+
+
+def test_scores_are_those_of_the_questions_that_were_asked(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    report = json.loads((run / "report.json").read_text())
+    source = {"benchmark": "pope", "path": "/data/coco_pope_random.json"}
+    report["settings"] = {**report.get("settings", {}), "source": source}
+    (run / "report.json").write_text(json.dumps(report))
+    card = ModelCard(write_card(read_record(run), "me/x"))
+    assert {result.dataset_name for result in card.data.eval_results or ()} == {"coco_pope_random.json"}
+    assert {result.dataset_split for result in card.data.eval_results or ()} == {None}
+
+
+def test_weights_are_named_only_where_they_were_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(vision: dict[str, Any], language: dict[str, Any]) -> list[str]:
+        return [
+            part.name for part in weights_of({"vision": vision, "connector": {"name": "mlp"}, "language": language})
+        ]
+
+    scratch = {"name": "efficientnet_lite", "args": {"pretrained": False}}
+    other = {"name": "gguf", "args": {"source": "/data/gemma-runs/Qwen2-0.5B.gguf"}}
+    assert named(scratch, other) == ["Qwen2-0.5B.gguf"]
+    (tmp_path / "models" / "clip").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    clip = {"name": "pretrained", "args": {"source": "models/clip"}}
+    assert named(clip, {"name": "gguf"}) == ["clip", "google/gemma-3-270m"]
+
+
+def test_a_record_without_settings_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    (run / "model" / "training.json").write_text('{"preference": {}}')
+    with pytest.raises(ValueError, match="holds no settings: what the model was made of is not known"):
+        read_record(run)
+
+
 def test_a_licence_is_chosen_only_where_no_weights_have_one(run: Path, tmp_path: Path) -> None:
     own = read_record(write_run(tmp_path, "scratch_tiny", evaluated=False))
     assert ModelCard(write_card(own, "me/x")).data.license is None

@@ -15,13 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import eyespot
 from eyespot import cli
 from eyespot.export import hub
 from eyespot.export.card import read_record
-from eyespot.export.hub import download, stage_model, without_paths
+from eyespot.export.hub import download, refusal, stage_model, without_paths
 from eyespot.export.push import push
 from shipped import write_run
 
@@ -32,12 +34,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 class FakeApi:
     """The Hub as an object: it remembers what it was told, and keeps what was uploaded."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, private: bool = True) -> None:
+        self.folder, self.private = folder, private
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
     def create_repo(self, repo: str, **how: Any) -> None:
         self.calls.append(("create_repo", {"repo": repo, **how}))
+
+    def repo_info(self, repo: str, **how: Any) -> Any:
+        return SimpleNamespace(private=self.private)
 
     def upload_folder(self, *, folder_path: Path, **how: Any) -> Any:
         shutil.copytree(folder_path, self.folder)
@@ -60,7 +65,7 @@ def test_nothing_is_sent_unless_it_is_told_to(run: Path, tmp_path: Path) -> None
     assert api.calls == []
     said = "\n".join(lines)
     assert "model.safetensors" in said and "## Limits" in said and "REFUSED" not in said
-    assert lines[-1] == "nothing was sent; to send it to me/shapes, add --yes"
+    assert lines[-1] == "nothing was sent; to send it to me/shapes, in place of all that is there, add --yes"
 
 
 def test_what_was_shown_is_what_goes(run: Path, tmp_path: Path) -> None:
@@ -71,7 +76,10 @@ def test_what_was_shown_is_what_goes(run: Path, tmp_path: Path) -> None:
             "create_repo",
             {"repo": "me/shapes", "repo_type": "model", "private": True, "exist_ok": True, "space_sdk": None},
         ),
-        ("upload_folder", {"repo_id": "me/shapes", "repo_type": "model", "commit_message": "Push quickstart"}),
+        (
+            "upload_folder",
+            {"repo_id": "me/shapes", "repo_type": "model", "commit_message": "Push quickstart", "delete_patterns": "*"},
+        ),
     ]
     assert lines[-1] == "pushed: https://huggingface.co/me/shapes/commit/1"
     shown = {match.group(1) for line in lines if (match := re.fullmatch(r" +[\d.,]+ [kM]B  (\S+)", line))}
@@ -108,6 +116,10 @@ def test_paths_of_this_machine_become_names(run: Path, tmp_path: Path) -> None:
         ("key.json", b'{"token": "hf_' + b"a" * 34 + b'"}', "holds a token of the Hub: hf_aaaaa"),
         ("key.txt", b"-----BEGIN RSA PRIVATE KEY-----", "holds a private key"),
         ("url.json", b'["https://me:secret@example.com/x"]', "holds a password in an address"),
+        ("redis.txt", b"redis://:secret@example.com", "holds a password in an address"),
+        ("slack.txt", b"xoxb-12345-abcdefghij", "holds a token of Slack"),
+        ("aws.txt", b"ASIA" + b"A" * 16, "holds a key of AWS"),
+        ("signed.json", b'["https://x.org/a.png?v=1&X-Amz-Signature=' + b"0a" * 32 + b'"]', "holds a signed address"),
         ("where.json", b'["see /home/me/data/a.png"]', "names a folder of this machine: /home/me/data/a.png"),
     ],
 )
@@ -118,6 +130,30 @@ def test_what_must_not_go_stops_the_rest(run: Path, tmp_path: Path, name: str, c
     with pytest.raises(ValueError, match=f"1 files are refused, first '{name}': .*{reason}"):
         list(push(run, "me/x", yes=True, api=api))  # type: ignore[arg-type]
     assert api.calls == []
+
+
+def test_a_secret_beside_the_tensors_is_found(run: Path) -> None:
+    save_file({"x": torch.zeros(1)}, run / "model" / "model.safetensors", {"note": "hf_" + "a" * 34})
+    assert "holds a token of the Hub" in refusal(run / "model" / "model.safetensors")
+
+
+def test_what_was_public_is_not_taken_for_private(run: Path, tmp_path: Path) -> None:
+    api = FakeApi(tmp_path / "hub", private=False)
+    with pytest.raises(ValueError, match="'me/x' is public already, so nothing was sent"):
+        list(push(run, "me/x", yes=True, private=True, api=api))  # type: ignore[arg-type]
+    assert [name for name, _ in api.calls] == ["create_repo"]
+
+
+def test_what_is_kept_can_be_changed_without_the_run(run: Path, tmp_path: Path) -> None:
+    list(push(run, "me/x", out=tmp_path / "kept"))
+    for file in (tmp_path / "kept").iterdir():
+        same = (run / "model" / file.name).is_file() and file.samefile(run / "model" / file.name)
+        assert same == (file.suffix == ".safetensors"), file.name
+
+
+def test_a_pattern_is_no_path() -> None:
+    pattern = r"\p{L}+\s\d"
+    assert without_paths([pattern, r"C:\me\x.json", r"\\server\share\x.json"]) == [pattern, "x.json", "x.json"]
 
 
 def test_a_file_beyond_the_limit_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +288,26 @@ def test_another_kind_of_model_is_refused_before_its_weights_are_read(server: Hu
     with pytest.raises(ValueError, match="holds a model of type 'llava', not 'eyespot_vlm'"):
         download("me/shapes", tmp_path / "back", endpoint=server.address)
     assert not any("safetensors" in path for path, _ in server.seen)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(
+    server: HubServer, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run / "model" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="exists already; give a new folder, or delete it first"):
+        download("me/shapes", run / "model", endpoint=server.address)
+    assert (run / "model" / "config.json").read_bytes() == before
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hub, "snapshot_download", stop)
+        download("me/shapes", tmp_path / "back", endpoint=server.address)
+    with pytest.raises(ValueError, match="exists already"):
+        download("me/others", tmp_path / "back", endpoint=server.address)
+    assert download("me/shapes", tmp_path / "back", endpoint=server.address) == "1" * 40
 
 
 def test_a_repository_that_is_not_there(server: HubServer, tmp_path: Path) -> None:

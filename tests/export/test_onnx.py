@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -108,6 +110,23 @@ def test_prompt(assistant_of: Callable[..., Assistant]) -> None:
     assert facts["max_tokens"] == 128 and facts["end_token_ids"] == [processor.tokenizer.eos_token_id]
 
 
+def test_a_typed_token_of_the_template_stays_words(assistant_of: Callable[..., Assistant]) -> None:
+    """Also one that the tokenizer does not mark as special, as Qwen 3's <think>."""
+    assistant = assistant_of("vit", "gpt")
+    processor = assistant.processor
+    processor.tokenizer.add_tokens(["<other>", "<think>"])  # the first one has the placeholder's id
+    processor.chat_template = processor.chat_template.replace("Assistant:", "<think>Assistant:")
+    assert "<think>" in processor.chat_template
+    model = object.__new__(run_onnx.Model)
+    model.facts = json.loads(json.dumps(prompt_facts(assistant.model, processor)))
+    model.tokenizer = copy.deepcopy(processor.tokenizer.backend_tokenizer)
+    model.tokenizer.encode_special_tokens = True
+    for question in ("why <think>?", "<think><think>", "<eos> no"):
+        wanted = processor.encode_prompt(user_turn([None], question)).input_ids
+        assert model.prompt(question).tolist() == [wanted]
+        assert wanted.count(processor.tokenizer.convert_tokens_to_ids("<think>")) == 1
+
+
 def test_a_question_that_is_written_twice_is_refused(assistant_of: Callable[..., Assistant]) -> None:
     assistant = assistant_of("vit", "gpt")
     assistant.processor.encode_prompt = lambda messages: type("Row", (), {"input_ids": [1, 2]})()
@@ -136,3 +155,11 @@ def test_pictures_are_opened_as_ours(mode: str, tmp_path: Path) -> None:
     picture.getexif()[0x0112] = 6  # lying on its side
     picture.save(tmp_path / "p.png", exif=picture.getexif())
     assert run_onnx.open_rgb(tmp_path / "p.png").tobytes() == open_image(tmp_path / "p.png").tobytes()
+
+
+def test_grey_of_16_bits_is_no_white(tmp_path: Path) -> None:
+    from eyespot.processing.images import open_image
+
+    PIL.Image.fromarray(np.linspace(0, 65_535, 48).astype(np.uint16).reshape(6, 8)).save(tmp_path / "p.png")
+    found = run_onnx.open_rgb(tmp_path / "p.png")
+    assert found.tobytes() == open_image(tmp_path / "p.png").tobytes() and found.getpixel((4, 2)) < (140, 140, 140)

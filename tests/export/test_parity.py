@@ -73,6 +73,20 @@ def test_the_picture_is_named(assistant: Assistant) -> None:
     assert check(assistant, Lying(assistant, 4, 1e-5), "x").largest_difference > 0
 
 
+def test_empty_answers_prove_nothing(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that tells no logits of a token that ends an answer at once."""
+
+    class Silent:
+        tolerance = parity.TOLERANCE
+
+        def answer(self, picture: PIL.Image.Image, question: str, max_new_tokens: int) -> Reply:
+            return Reply("", [], np.zeros((0, 4), np.float32))
+
+    monkeypatch.setattr(parity, "reply", lambda *_: Reply("", [2], LOGITS[:1]))
+    with pytest.raises(ParityError, match="all 10 answers ended before a logit could be compared"):
+        check(assistant, Silent(), "x")
+
+
 def test_nothing_is_left_of_a_failure(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(assistant: Assistant, folder: Path) -> Lying:
         (folder / "weights").write_text("w")

@@ -180,10 +180,15 @@ def test_a_space_that_does_not_look_is_not_pushed(run: Path, tmp_path: Path, mon
         list(push(run, "me/space", space=True, yes=True, api=object()))  # type: ignore[arg-type]
 
 
+def looks(folder: Path, _: Any) -> Sensitivity:
+    (folder / "sensitivity.json").write_text("{}")
+    return Sensitivity(12, 9, 8, 1, 0.2, 0.9, "x")
+
+
 def test_a_space_that_looks_is_pushed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(pushing, "load_test", lambda source: (None, questions()))
-    monkeypatch.setattr(pushing, "check_bundle", lambda folder, samples: Sensitivity(12, 9, 8, 1, 0.2, 0.9, "x"))
+    monkeypatch.setattr(pushing, "check_bundle", looks)
     monkeypatch.setattr(pushing, "upload", lambda folder, repo, **how: calls.append({"repo": repo, **how}) or "there")
     lines = list(push(run, "me/space", space=True, yes=True))
     assert lines[-1] == "pushed: there"

@@ -322,6 +322,25 @@ def test_the_authors_layout(tmp_path: Path, clip_folder: Path, size: tuple[int, 
     close(assistant.model(**batch).logits[..., :260], wanted)
 
 
+def test_a_padding_token_without_a_row(tmp_path: Path, clip_folder: Path) -> None:
+    """The tokenizer of llava-hf, which docs/importing.md recommends, pads with an id behind the authors' embedding."""
+    folder, out = tmp_path / "llava", tmp_path / "ours"
+    folder.mkdir()
+    write_original(folder, clip_folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    assert tokenizer.pad_token_id == 260
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    import_model("llava", str(folder), out, tokenizer=str(tmp_path / "tokenizer"))
+    assistant = eyespot.load(out, "cpu", "float32")
+    image = picture(16, 16)
+    asked = [([image], user_turn([image], question)) for question in ("What?", "And what is there beside it?")]
+    with torch.no_grad():
+        both = assistant.model(**assistant.processor.prompt_batch(asked)).logits[:, -1]
+        for found, conversation in zip(both, asked, strict=True):
+            close(found[:260], assistant.model(**assistant.processor.prompt_batch([conversation])).logits[0, -1, :260])
+
+
 @torch.no_grad()
 def test_a_vision_tower_beside_it_and_one_inside_it(tmp_path: Path, clip_folder: Path) -> None:
     write_original(tmp_path, clip_folder)

@@ -51,12 +51,27 @@ class Record:
     @property
     def data(self) -> list[Part]:
         """What was learned from, in all stages, and what was asked at the end."""
-        stages = [stage.get("data") or {} for stage in self.settings.get("stages") or []]
-        trained = [data["train"] for data in stages if "train" in data] or [self.settings["data"]["train"]]
-        trained += [data for data in stages if "path" in data]  # of preferences
+        own = self.settings["data"]["train"]
+        stages = [stage.get("data") or {} for stage in self.settings.get("stages") or [{}]]
+        trained = [data if "path" in data else data.get("train") or own for data in stages]  # a path: of preferences
+        if self.preference:
+            trained.append({"path": self.preference["data"]})
         sources = [("training", source) for train in trained for source in sources_of(train).values()]
-        test = self.settings["data"].get("test")
-        return data_of([*sources, *([("test", test)] if test and self.report else [])])
+        return data_of([*sources, *([("test", self.tested)] if self.tested else [])])
+
+    @property
+    def tested(self) -> Mapping[str, Any] | None:
+        """The source of the questions in the report."""
+        if self.report is None:
+            return None
+        asked: Mapping[str, Any] | None = self.report.get("settings", {}).get("source")
+        return asked or self.settings["data"].get("test")
+
+    @property
+    def preference(self) -> Mapping[str, Any] | None:
+        """What ``eyespot prefer`` did to the model afterwards."""
+        found: Mapping[str, Any] | None = self.training.get("preference")
+        return found
 
 
 def read_record(folder: str | Path) -> Record:
@@ -73,6 +88,11 @@ def read_record(folder: str | Path) -> Record:
     run = model.parent if (model.parent / "settings.json").is_file() and model.name == "model" else model
     report = json.loads((run / REPORT_FILE).read_text("utf-8")) if (run / REPORT_FILE).is_file() else None
     training = json.loads((model / RECORD_FILE).read_text("utf-8"))
+    if "settings" not in training:
+        raise ValueError(
+            f"{str(model / RECORD_FILE)!r} holds no settings: what the model was made of is not known, so no card can "
+            "be written; push a model that eyespot trained"
+        )
     return Record(model, training, report, tuple(run / name for name in PLOTS if (run / name).is_file()))
 
 
@@ -128,9 +148,10 @@ def _results(record: Record) -> list[EvalResult]:
     scores |= {f"{measure}, {name} control": c["accuracy"] for name, c in record.report["controls"].items()}
     tested = [part for part in record.data if part.role == "test"]
     name = tested[0].name if tested else record.report.get("benchmark", "questions")
+    split = (record.tested or {}).get("split")
     return [
         EvalResult(
-            task_type="visual-question-answering", dataset_type=name, dataset_name=name, dataset_split="test",
+            task_type="visual-question-answering", dataset_type=name, dataset_name=name, dataset_split=split,
             metric_type=measure, metric_name=label, metric_value=round(value, 4),
         )
         for label, value in scores.items()
@@ -235,6 +256,11 @@ def _training(record: Record) -> Iterator[str]:
         + "."
     )
     stages = training.get("stages")
+    if record.preference:
+        yield (
+            f"Then {len(record.preference['losses']):,} steps of preference learning (DPO, learning rate "
+            f"{record.preference['lr']:g}, beta {record.preference['beta']:g})."
+        )
     if stages:
         rows = [
             [s["stage"], ", ".join(f"{part}: {mode}" for part, mode in s["train"].items() if mode != "frozen"),
@@ -256,8 +282,9 @@ def _duration(seconds: float) -> str:
 def _reproduce(record: Record) -> Iterator[str]:
     origin = record.training.get("origin", {})
     yield "## Reproduce"
-    if "command" in origin:
-        yield f"```bash\n{origin['command']}\n```"
+    commands = [one["command"] for one in (origin, (record.preference or {}).get("origin", {})) if "command" in one]
+    if commands:
+        yield "```bash\n" + "\n".join(commands) + "\n```"
     yield f"All settings stand in `{RECORD_FILE}`."
     commit = origin.get("eyespot_commit") or origin.get("git_commit")
     facts = {"git commit": commit, "versions": origin.get("versions"), "hardware": origin.get("hardware")}

@@ -258,8 +258,12 @@ def typed_words(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[li
     words = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [UNUSED] * vocab_size
     for word, i in tokenizer.get_vocab().items():
+        if i >= vocab_size:  # the model has no row for it
+            continue
         words[i], kinds[i] = word, BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", word) else NORMAL
     for i, token in tokenizer.added_tokens_decoder.items():
+        if i >= vocab_size:
+            continue
         words[i], kinds[i] = token.content, CONTROL if token.special else USER_DEFINED
     return words, kinds
 

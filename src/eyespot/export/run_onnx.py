@@ -8,6 +8,7 @@ Letters in shapes: T tokens of the prompt, S side of the picture, D width, V voc
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from PIL import Image, ImageOps
 def open_rgb(path: str | Path) -> Image.Image:
     """A picture as a person sees it: upright, transparency on white."""
     image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits, which Pillow would clip
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -66,11 +69,16 @@ class Model:
             for name in ("vision", "embed", "decoder")
         )
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.encode_special_tokens = True  # what a person types never becomes a control token
+        self.tokenizer.encode_special_tokens = True  # what a person types becomes no control token; see prompt()
 
     def prompt(self, question: str) -> NDArray[np.int64]:
-        """int64 [1, T]: the template around the question, and a run of placeholders for the picture."""
-        words = self.tokenizer.encode(question, add_special_tokens=False).ids
+        """int64 [1, T]: the template around the question, and a run of placeholders for the picture.
+
+        Typed words that the template uses as one token, but that are not marked as special, are cut in two.
+        """
+        cuts = [match.start() + 1 for match in re.finditer(self.facts["cut_after_first_letter_of"], question)]
+        pieces = [question[a:b] for a, b in zip([0, *cuts], [*cuts, len(question)], strict=True)]
+        words = [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
         return np.array([[*self.facts["before_question"], *words, *self.facts["after_question"]]], dtype=np.int64)
 
     def first_inputs(self, image: Image.Image, question: str) -> dict[str, NDArray[Any]]:

@@ -7,6 +7,7 @@ Source of README's header: https://huggingface.co/docs/hub/spaces-config-referen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from eyespot.export.sensitivity import Sensitivity, write_questions
 from eyespot.processing.images import open_image
 
 TEMPLATE = Path(__file__).parent / "template"
-PAGE_FILE, SENSITIVITY_FILE = "page.json", "sensitivity.json"
+PAGE_FILE, SENSITIVITY_FILE, LICENCE_FILE = "page.json", "sensitivity.json", "LICENSE"
 NUM_QUESTIONS, NUM_EXAMPLES = 48, 4
 # under which a picture may be shown again, if the card names where it is from
 SHAREABLE = ("mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0")
@@ -51,7 +52,8 @@ def make_bundle(
     folder.mkdir(parents=True)
     staged = stage_model(record, repo, folder / "model", licence, "model")
     code = Path(eyespot.__file__).parent
-    shutil.copytree(code, folder / "eyespot", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(code, folder / "eyespot", ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    (folder / "eyespot" / LICENCE_FILE).write_text(own_licence(), encoding="utf-8")
     for name in ("app.py", "requirements.txt"):
         (folder / name).write_text((TEMPLATE / name).read_text("utf-8").format_map(versions()), encoding="utf-8")
     terms = licence_of(record, licence)
@@ -71,9 +73,24 @@ def may_be_shown(source: Mapping[str, Any]) -> bool:
 
 def _item(path: Path, folder: Path) -> Item:
     name, size = str(path.relative_to(folder)), path.stat().st_size
-    if path.suffix not in SPACE_SUFFIXES and path.name != "NOTICE":
+    if path.suffix not in SPACE_SUFFIXES and path.name not in ("NOTICE", LICENCE_FILE):
         return Item(name, size, f"no part of a Space ({path.suffix or 'no ending'}); move it out of the folder")
     return Item(name, size, refusal(path))
+
+
+def own_licence() -> str:
+    """The licence of eyespot's code, a copy of which goes with it (Apache 2.0, section 4).
+
+    Raises:
+        ValueError: neither the source tree nor the installed package has it.
+    """
+    files = [Path(eyespot.__file__).parents[2] / LICENCE_FILE]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        files += [Path(file.locate()) for file in metadata.files("eyespot") or () if file.name == LICENCE_FILE]
+    for file in files:
+        if file.is_file():
+            return file.read_text("utf-8")
+    raise ValueError("the licence of eyespot's code is not installed with it; install eyespot again")
 
 
 def versions() -> dict[str, str]:
@@ -126,6 +143,11 @@ def check_bundle(bundle: Path, samples: Sequence[Sample]) -> Sensitivity:
         done = subprocess.run(
             [sys.executable, *words], cwd=bundle, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
         )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"the model in {str(bundle)!r} did not answer {len(samples)} questions in {TIMEOUT_S / 60:.0f} minutes; a "
+            "Space would be as slow"
+        ) from None
     finally:
         shutil.rmtree(questions)
         for cached in bundle.rglob("__pycache__"):

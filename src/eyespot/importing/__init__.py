@@ -146,9 +146,17 @@ def assemble(blueprint: Blueprint, tensors: Mapping[str, Tensor], source: str, d
         language=LanguageSettings("pretrained", template=blueprint.template),
         image_mode=blueprint.image_mode,  # type: ignore[arg-type]
     )
+    _keep_padding_inside(blueprint.tokenizer, model.get_input_embeddings().num_embeddings)
     processor = build_processor(model, blueprint.tokenizer, blueprint.image_processor, settings)
     set_generation_defaults(model, processor)
     return Imported(model.eval(), processor, [])
+
+
+def _keep_padding_inside(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
+    """A tokenizer may have a padding token that the model has no row for (llava-hf's beside the authors' weights). What
+    is padded is never looked at, so any other token does."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num_embeddings:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
 def _is_unused(name: str, unused: frozenset[str]) -> bool:

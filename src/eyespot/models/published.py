@@ -74,7 +74,7 @@ def published_config(source: str) -> PreTrainedConfig:
     if source in PUBLISHED:
         return PUBLISHED[source]()
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -181,13 +181,13 @@ class Processor(ProcessorMixin):
         if span.kind == "template":
             return list(self.tokenizer(span.text, add_special_tokens=False).input_ids)
         # what a person wrote never turns into a token of the template, special or not
-        cuts = [match.start() + 1 for match in self._template_tokens.finditer(span.text)]
+        cuts = [match.start() + 1 for match in self.template_tokens.finditer(span.text)]
         pieces = [span.text[a:b] for a, b in zip([0, *cuts], [*cuts, len(span.text)], strict=True)]
         rows = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True).input_ids
         return [token for row in rows for token in row]
 
     @cached_property
-    def _template_tokens(self) -> re.Pattern[str]:
+    def template_tokens(self) -> re.Pattern[str]:
         """Where a typed text would match an added token that the template uses but that is not marked as special."""
         probe = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
         written = str(self.chat_template) + "".join(span.text for span in self._spans(probe, training=True))
@@ -380,7 +380,7 @@ class Processor(ProcessorMixin):
     def _with_template(self, chat_template: str | None) -> Processor:
         other = copy.copy(self)
         other.chat_template = chat_template
-        other.__dict__.pop("_template_tokens", None)  # depends on the template
+        other.__dict__.pop("template_tokens", None)  # depends on the template
         return other
 
     def _text(self, messages: Sequence[Message], ask: bool) -> str:

@@ -26,6 +26,7 @@ from eyespot.devices import choose_device, has_fast_bfloat16
 from eyespot.inference import Assistant, user_turn
 from eyespot.models.vlm import VLM
 from eyespot.processing.processor import IGNORE_INDEX
+from eyespot.training.origin import origin
 from eyespot.training.run import RECORD_FILE, save_whole
 
 
@@ -220,6 +221,6 @@ def _save(policy: VLM, processor: Any, result: Preference, model: Path, settings
         raise ValueError(f"the loss became {result.losses[-1]}, so nothing was saved; lower lr")
     record_file = model / RECORD_FILE
     record = json.loads(record_file.read_text()) if record_file.is_file() else {}
-    record["preference"] = {**settings, "losses": result.losses, "margins": result.margins}
+    record["preference"] = {**settings, "losses": result.losses, "margins": result.margins, "origin": origin()}
     result.folder.parent.mkdir(parents=True, exist_ok=True)
     save_whole(policy, processor, result.folder, record)

@@ -775,12 +775,12 @@ def untrained(settings: TrainSettings) -> Assistant:
 
 
 def save_whole(model: Any, processor: Any, folder: Path, record: dict[str, Any]) -> None:
-    """The final transformers folder, with the record of its training and where it was trained; it appears whole or not
-    at all."""
+    """The final transformers folder, with the record of its training and, unless that says it already, where it was
+    trained; it appears whole or not at all."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     save(model, processor, partial)
-    write_json(partial / RECORD_FILE, {**record, "origin": origin()})
+    write_json(partial / RECORD_FILE, {"origin": origin(), **record})
     os.replace(partial, folder)
 
 

@@ -34,10 +34,11 @@ def load_language(
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            trust_remote_code=False,
             **(nf4_arguments(dtype) if quantize else {}),
             ignore_mismatched_sizes=True,  # check_complete refuses them, and names the first
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"language model {source!r} is neither a readable folder nor a Hub name ({first})") from error

@@ -273,7 +273,11 @@ def _resized(config: PreTrainedConfig, size: int | None) -> PreTrainedConfig:
 
 def _normalisation(config: PreTrainedConfig, part: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Mean and deviation of an encoder's pixels: our configurations name them, others' image processors do."""
-    named = config if hasattr(config, "image_mean") else AutoImageProcessor.from_pretrained(part["source"])
+    named = (
+        config
+        if hasattr(config, "image_mean")
+        else AutoImageProcessor.from_pretrained(part["source"], trust_remote_code=False)
+    )
     if not getattr(named, "do_normalize", True) or named.image_mean is None or named.image_std is None:
         raise ValueError(
             f"the image processor of {part['source']!r} does not normalise, so the pixels that it wants are not known; "

@@ -30,7 +30,7 @@ def load_vision(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         ValueError: nothing can be loaded from ``source``, or some of its weights are missing.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         model_class: Any = AutoModel._model_mapping[type(config)]
         loaded = model_class.from_pretrained(
