@@ -347,8 +347,8 @@ class Engine:
 
     def _drop_waiting(self) -> None:
         """Who waits no more leaves at once: its pictures are in memory, and its seat is free already."""
-        if any(job.cancelled for job in tuple(self.waiting)):
-            with self._changed:
+        with self._changed:
+            if any(job.cancelled for job in self.waiting):
                 self.waiting = deque(job for job in self.waiting if not self._end_if_cancelled(job))
 
     def _fail(self) -> None:
