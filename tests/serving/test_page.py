@@ -129,6 +129,7 @@ class Tab:
         self.page.goto(address)
         self.question = self.page.locator("#question textarea")
         self.question.wait_for()
+        self.page.locator(".chat:visible").first.wait_for()  # which may come a moment later
 
     def __enter__(self) -> Tab:
         return self
