@@ -28,6 +28,7 @@ from eyespot.inference import Assistant
 from shipped import COLOURS, questions, tiny_model, write_run
 
 gradio = pytest.importorskip("gradio")
+pytestmark = pytest.mark.usefixtures("left_behind")
 ROOT = Path(__file__).parents[2]
 
 
@@ -106,6 +107,7 @@ def test_the_bundle_has_page_code_model_and_examples(bundle: Path) -> None:
     assert len((bundle / "app.py").read_text().splitlines()) == 3
     assert (bundle / "eyespot" / "configs" / "recipe" / "quickstart.yaml").is_file()
     assert not list(bundle.rglob("__pycache__"))
+    assert "Apache License" in (bundle / "eyespot" / "LICENSE").read_text()
     card = (bundle / "model" / "README.md").read_text()
     assert 'eyespot.load("model")' in card and "eyespot download" not in card
     for name, question in json.loads((bundle / "page.json").read_text())["examples"]:
@@ -177,7 +179,8 @@ def test_a_space_that_does_not_look_is_not_pushed(run: Path, tmp_path: Path, mon
     monkeypatch.setattr(pushing, "load_test", lambda source: (None, questions()))
     monkeypatch.setattr(pushing, "check_bundle", look)
     with pytest.raises(NotSensitive):
-        list(push(run, "me/space", space=True, yes=True, api=object()))  # type: ignore[arg-type]
+        list(push(run, "me/space", space=True, yes=True, out=tmp_path / "kept", api=object()))  # type: ignore[arg-type]
+    assert not (tmp_path / "kept").exists()
 
 
 def looks(folder: Path, _: Any) -> Sensitivity:
@@ -191,6 +194,7 @@ def test_a_space_that_looks_is_pushed(run: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(pushing, "check_bundle", looks)
     monkeypatch.setattr(pushing, "upload", lambda folder, repo, **how: calls.append({"repo": repo, **how}) or "there")
     lines = list(push(run, "me/space", space=True, yes=True))
+    assert any("sensitivity.json" in line for line in lines)
     assert lines[-1] == "pushed: there"
     assert [(call["repo"], call["kind"]) for call in calls] == [("me/space", "space")]
     assert any("it looks at pictures: of 12 answers 9 are others" in line for line in lines)

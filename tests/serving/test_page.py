@@ -39,7 +39,10 @@ with warnings.catch_warnings():
 
 CHROMIUM = os.environ.get("EYESPOT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
+    pytest.mark.usefixtures("left_behind"),
+]
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 WAIT_MS = 60_000
 FRAME = (214, 39, 40)  # the first colour of eyespot.data.boxes.draw_boxes
@@ -363,6 +366,12 @@ def test_a_picture_is_uploaded_and_never_fetched(address: str, monkeypatch: pyte
     else:
         raise AssertionError("nothing takes a picture")
     assert not asked
+
+
+def test_an_upload_has_the_limit_of_the_server(models: Models) -> None:
+    page = build_page({"a": models.boxes})
+    mount(fastapi.FastAPI(), page, max_file_size=1_000)
+    assert page.max_file_size == 1_000
 
 
 def test_the_slider_ends_where_the_server_does(models: Models) -> None:
