@@ -143,8 +143,7 @@ class Engine:
             ValueError: pictures that cannot be opened, messages that the template refuses, counts that differ.
         """
         check_counts(count_images(messages), len(pictures))
-        if len(pictures) > (limit := self.limits.max_images):
-            raise Refusal(f"the request has {len(pictures)} pictures, the limit is {limit}", param="messages")
+        self.limits.check_images(len(pictures))
         self._check_length(sum(map(_least_tokens, messages)), "about ")
         with self.words:
             ids = self.assistant.processor.encode_prompt(messages).input_ids

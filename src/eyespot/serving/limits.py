@@ -41,6 +41,11 @@ class Limits:
             if not value >= least:
                 raise ValueError(f"--{field.name.replace('_', '-')} is {value}; it must be above 0")
 
+    def check_images(self, number: int) -> None:
+        """Raise a Refusal for more pictures than a request may have."""
+        if number > self.max_images:
+            raise Refusal(f"the request has {number} pictures, the limit is {self.max_images}", param="messages")
+
     @property
     def max_image_bytes(self) -> int:
         return int(self.max_image_mb * 1e6)

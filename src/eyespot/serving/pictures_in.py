@@ -37,8 +37,7 @@ def picture_files(urls: Sequence[str], limits: Limits, allow_urls: bool) -> list
     Raises:
         Refusal: too many; no data URL of a picture (nor an address that may be asked), too large, or not to be had.
     """
-    if len(urls) > limits.max_images:
-        raise Refusal(f"the request has {len(urls)} pictures, the limit is {limits.max_images}", param="messages")
+    limits.check_images(len(urls))
     deadline = time.monotonic() + FETCH_TIMEOUT_S
     return [_file(url, limits, deadline if allow_urls else None) for url in urls]
 
